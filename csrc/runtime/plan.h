@@ -39,7 +39,6 @@ struct raddle_plan {
     uint64_t generation;
     uint64_t failed_capacity; /* updates refused for capacity since creation: a captured graph compares */
     raddle_workspace *workspace; /* bound, or made at the first update when none was */
-    bool stream_known;
 };
 
 /* bytes: of the family's whole struct, zeroed. */
