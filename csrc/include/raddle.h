@@ -158,7 +158,8 @@ typedef struct raddle_attention_spec {
     raddle_lse_base lse_base;
     int32_t max_batch;      /* requests per update */
     int64_t max_pages;      /* paged: page ids per update, over all requests; ragged: K/V rows per update */
-    int64_t max_qo_tokens;  /* query rows per update; decode: max_batch */
+    int64_t max_qo_tokens;  /* query rows per update; 0: max_batch * max_qo_len, or refused */
+    int32_t max_qo_len;     /* query rows of one request; 1: decode; 0: as many as max_qo_tokens */
     int32_t fixed_chunk;    /* 0: balanced; else every KV range is cut at multiples of this many tokens, whatever
                                else is in the batch, so that a request's result does not depend on its neighbours */
     int32_t max_ctas;       /* 0: all of the device; else at most so many CTAs (CPU: threads) */

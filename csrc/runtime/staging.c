@@ -52,15 +52,20 @@ raddle_status raddle_staging_acquire(raddle_staging *staging, void **out_slot) {
     return RADDLE_OK;
 }
 
-raddle_status raddle_staging_commit(raddle_staging *staging, size_t used_bytes,
-                                    raddle_stream stream) {
+raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
+                                    int num_ranges, raddle_stream stream) {
     const raddle_backend *backend = staging->backend;
     const int slot = staging->next;
-    RADDLE_TRY(backend->copy(staging->device, staging->data, staging->slots[slot], used_bytes,
-                             RADDLE_COPY_TO_DEVICE, stream));
-    /* Past the copy there is no way back: the slot counts as in flight even if recording fails. */
+    /* Once a copy is queued the slot counts as in flight, even if a later step fails. */
     staging->next = (slot + 1) % RADDLE_STAGING_SLOTS;
     staging->stream = stream;
+    for (int i = 0; i < num_ranges; i++) {
+        if (ranges[i].bytes > 0) {
+            RADDLE_TRY(backend->copy(staging->device, (char *)staging->data + ranges[i].offset,
+                                     (const char *)staging->slots[slot] + ranges[i].offset,
+                                     ranges[i].bytes, RADDLE_COPY_TO_DEVICE, stream));
+        }
+    }
     RADDLE_TRY(backend->event_record(staging->device, staging->events[slot], stream));
     return backend->event_record(staging->device, staging->ready, stream);
 }

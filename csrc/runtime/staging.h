@@ -27,8 +27,12 @@ raddle_status raddle_staging_init(raddle_staging *staging, raddle_device device,
 void raddle_staging_fini(raddle_staging *staging);
 /* A slot of staging->bytes to write; nothing is sent until commit. Acquiring again without commit gives it again. */
 raddle_status raddle_staging_acquire(raddle_staging *staging, void **out_slot);
-/* Copies the first used_bytes of the acquired slot to staging->data on stream. */
-raddle_status raddle_staging_commit(raddle_staging *staging, size_t used_bytes, raddle_stream stream);
+/* Copies the ranges of the acquired slot that were written to the same places behind staging->data, on stream. */
+typedef struct raddle_range {
+    size_t offset, bytes;
+} raddle_range;
+raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
+                                    int num_ranges, raddle_stream stream);
 /* Makes stream wait for the last commit when that was on another stream. */
 raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream);
 
