@@ -1,6 +1,8 @@
-/* convert.h - one element between float32 and the 16-bit types, by bit arithmetic: exact, round to nearest even.
+/* convert.h - one element between float32 and the 16-bit types, by bit arithmetic: exact, round to
+ * nearest even.
  *
- * For loops that are not hot, and for the tails of those that are; whole rows go through the table of vec.h.
+ * For loops that are not hot, and for the tails of those that are; whole rows go through the table
+ * of vec.h.
  */
 #ifndef RADDLE_CPU_CONVERT_H
 #define RADDLE_CPU_CONVERT_H
@@ -41,7 +43,8 @@ static inline float raddle_f16_to_f32(uint16_t value) {
         return raddle_f32_from_bits(raddle_f32_to_bits((float)mantissa * 0x1p-24f) | sign);
     }
     if (exponent == 31) {
-        return raddle_f32_from_bits(sign | 0x7f800000u | mantissa << 13 | (mantissa ? 0x400000u : 0));
+        return raddle_f32_from_bits(sign | 0x7f800000u | mantissa << 13 |
+                                    (mantissa ? 0x400000u : 0));
     }
     return raddle_f32_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
@@ -57,7 +60,8 @@ static inline uint16_t raddle_f32_to_f16(float value) {
         return (uint16_t)(sign | 0x7c00u); /* 65520 and more round to infinity */
     }
     if (magnitude < 0x38800000u) {
-        /* Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the FPU. */
+        /* Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by
+         * the FPU. */
         const float shifted = raddle_f32_from_bits(magnitude) + 0.5f;
         return (uint16_t)(sign | (raddle_f32_to_bits(shifted) - 0x3f000000u));
     }

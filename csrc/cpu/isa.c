@@ -1,7 +1,8 @@
 /* isa.c - cpuid and xgetbv on x86-64, nothing to ask on aarch64.
  *
- * A vector level counts only when the operating system saves its registers: XCR0 bits 1-2 (SSE, AVX) for AVX2, bits 5-7
- * (opmask, upper halves, upper sixteen) too for AVX-512. Bit numbers: Intel SDM volume 2, CPUID leaves 1 and 7.
+ * A vector level counts only when the operating system saves its registers: XCR0 bits 1-2 (SSE,
+ * AVX) for AVX2, bits 5-7 (opmask, upper halves, upper sixteen) too for AVX-512. Bit numbers: Intel
+ * SDM volume 2, CPUID leaves 1 and 7.
  */
 #include "cpu/isa.h"
 
@@ -15,8 +16,9 @@
 #endif
 
 static const char *const isa_names[RADDLE_ISA_COUNT] = {
-    [RADDLE_ISA_GENERIC] = "generic",       [RADDLE_ISA_AVX2] = "avx2", [RADDLE_ISA_AVX512] = "avx512",
-    [RADDLE_ISA_AVX512BF16] = "avx512bf16", [RADDLE_ISA_NEON] = "neon",
+    [RADDLE_ISA_GENERIC] = "generic", [RADDLE_ISA_AVX2] = "avx2",
+    [RADDLE_ISA_AVX512] = "avx512",   [RADDLE_ISA_AVX512BF16] = "avx512bf16",
+    [RADDLE_ISA_NEON] = "neon",
 };
 
 /* 0: not asked yet; else level + 1. Racing first calls compute the same value. */

@@ -1,7 +1,8 @@
-/* isa.h - which instruction sets this process may use: what the CPU and the operating system offer, capped by RADDLE_ISA.
+/* isa.h - which instruction sets this process may use: what the CPU and the operating system offer,
+ * capped by RADDLE_ISA.
  *
- * The levels of one architecture are ordered: each includes the ones before it. RADDLE_ISA=<level> lowers the choice
- * (never raises it) and is read once, at the first question.
+ * The levels of one architecture are ordered: each includes the ones before it. RADDLE_ISA=<level>
+ * lowers the choice (never raises it) and is read once, at the first question.
  */
 #ifndef RADDLE_CPU_ISA_H
 #define RADDLE_CPU_ISA_H
@@ -17,7 +18,8 @@ typedef enum raddle_isa {
     RADDLE_ISA_COUNT
 } raddle_isa;
 
-/* The level to use: the best one, or what RADDLE_ISA says if that is lower. An unknown name changes nothing. */
+/* The level to use: the best one, or what RADDLE_ISA says if that is lower. An unknown name changes
+ * nothing. */
 raddle_isa raddle_isa_get(void);
 /* Whether this CPU runs level, whatever RADDLE_ISA says. */
 bool raddle_isa_is_supported(raddle_isa level);

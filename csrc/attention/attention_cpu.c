@@ -1,0 +1,210 @@
+/* attention_cpu.c - the CPU back end of attention: cuts for threads, hands out segments, merges
+ * what was cut.
+ *
+ * Phase 1: every worker takes the segments that the schedule gave it, then what others have not
+ * begun yet; who computes a segment does not change its result. Phase 2, when items were cut:
+ * merges, each in slot order.
+ */
+#include "attention/attention.h"
+
+#include <stdatomic.h>
+
+#include "attention/attention_cpu.h"
+#include "base/alloc.h"
+#include "base/tensor.h"
+#include "base/threads.h"
+
+enum {
+    CACHE_LINE = 64,
+    DECODE_MAX_ROWS =
+        128,            /* one query row per request: all heads of a group in one tile up to here */
+    PREFILL_ROWS = 256, /* packed rows that share one conversion of a K/V tile */
+    TILE_KV = 64,       /* tokens */
+    MIN_BLOCK_ROWS = 64, /* heads of few rows are computed together up to this many rows */
+    SEGMENT_COST =
+        16, /* tokens: about 5 us of a first page, partials and merge at 10 GB/s and 4 KB a token */
+};
+
+/* How far a worker's list has been handed out; one cache line each. */
+typedef struct work_cursor {
+    _Alignas(CACHE_LINE) atomic_int next;
+} work_cursor;
+
+typedef struct run_context {
+    attention_cpu_job job;
+    work_cursor *cursors; /* [num_workers] */
+    atomic_int next_merge;
+} run_context;
+
+/* What the plan keeps in backend_state. */
+typedef struct cpu_plan_state {
+    attention_cpu_state shared;
+    work_cursor *cursors;
+} cpu_plan_state;
+
+/* ---------------------------------------------------------------- prepare */
+
+static int32_t min_i32(int64_t a, int64_t b) {
+    return (int32_t)(a < b ? a : b);
+}
+
+/* Few rows per request: memory is the limit, so a worker streams whole tokens (all heads). Many
+ * rows: arithmetic is, so K/V heads are items of their own, which balances better. */
+static void choose_cuts(const raddle_attention_spec *spec, raddle_attention_config *config) {
+    const bool decode = spec->max_qo_tokens <= spec->max_batch;
+    if (decode) {
+        config->tile_rows = min_i32(config->group_size, DECODE_MAX_ROWS);
+        config->heads_per_item = config->num_kv_heads;
+    } else {
+        config->tile_rows = min_i32(spec->max_qo_tokens * config->group_size, PREFILL_ROWS);
+        config->heads_per_item = 1;
+    }
+    config->tile_kv = TILE_KV;
+    const int32_t threads = raddle_threads_count();
+    config->num_workers = spec->max_ctas > 0 ? min_i32(spec->max_ctas, threads) : threads;
+    config->segment_cost = SEGMENT_COST;
+}
+
+/* One worker's buffers out of arena, which starts each on a boundary of RADDLE_ARENA_ALIGN. */
+static void layout_scratch(const raddle_attention_config *config, int32_t block_rows,
+                           raddle_arena *arena, attention_cpu_scratch *scratch) {
+    const size_t rows = (size_t)block_rows;
+    const size_t tile_kv = (size_t)config->tile_kv;
+    const size_t width = (size_t)config->head_dim_vo;
+    scratch->q = raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * sizeof(float));
+    scratch->logits = raddle_arena_take(arena, (size_t)config->tile_rows * tile_kv * sizeof(float));
+    scratch->chunk.state = raddle_arena_take(arena, rows * 2 * sizeof(float));
+    scratch->chunk.acc = raddle_arena_take(arena, rows * width * sizeof(float));
+    scratch->folded.state = raddle_arena_take(arena, rows * 2 * sizeof(float));
+    scratch->folded.acc = raddle_arena_take(arena, rows * width * sizeof(float));
+    scratch->k_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
+    scratch->v_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
+    scratch->positions = raddle_arena_take(arena, tile_kv * sizeof(int32_t));
+}
+
+static void layout_state(const raddle_attention_config *config, raddle_arena *arena,
+                         cpu_plan_state *state, attention_cpu_scratch *scratch) {
+    state->cursors = raddle_arena_take(arena, (size_t)config->num_workers * sizeof(work_cursor));
+    for (int32_t w = 0; w < config->num_workers; w++) {
+        layout_scratch(config, state->shared.block_rows, arena, &scratch[w]);
+    }
+}
+
+static void cpu_release(raddle_attention_plan *plan) {
+    cpu_plan_state *state = plan->backend_state;
+    if (state) {
+        raddle_free(state->shared.memory);
+        raddle_free(state->shared.scratch);
+        raddle_free(state);
+        plan->backend_state = NULL;
+    }
+}
+
+static raddle_status cpu_prepare(raddle_attention_plan *plan) {
+    raddle_attention_config *config = &plan->config;
+    choose_cuts(&plan->spec, config);
+
+    cpu_plan_state *state = raddle_alloc_zero(sizeof(*state));
+    if (!state) {
+        return raddle_fail_memory(sizeof(*state));
+    }
+    plan->backend_state = state;
+    attention_cpu_state *shared = &state->shared;
+    shared->vec = raddle_vec_get();
+    shared->block_rows = config->tile_rows > MIN_BLOCK_ROWS ? config->tile_rows : MIN_BLOCK_ROWS;
+    const size_t scratch_bytes = (size_t)config->num_workers * sizeof(attention_cpu_scratch);
+    shared->scratch = raddle_alloc_zero(scratch_bytes);
+    if (!shared->scratch) {
+        cpu_release(plan);
+        return raddle_fail_memory(scratch_bytes);
+    }
+    raddle_arena arena;
+    raddle_arena_measure(&arena);
+    layout_state(config, &arena, state, shared->scratch);
+    const size_t bytes = raddle_arena_bytes(&arena);
+    shared->memory = raddle_alloc_zero(bytes);
+    if (!shared->memory) {
+        cpu_release(plan);
+        return raddle_fail_memory(bytes);
+    }
+    raddle_arena_carve(&arena, shared->memory, bytes, true);
+    layout_state(config, &arena, state, shared->scratch);
+    return RADDLE_OK;
+}
+
+/* ---------------------------------------------------------------- run */
+
+static void work_task(void *context, int worker, int num_workers) {
+    run_context *run = context;
+    const raddle_attention_params *params = run->job.params;
+    for (int i = 0; i < num_workers; i++) {
+        const int list = (worker + i) % num_workers;
+        const int32_t end = params->worker_indptr[list + 1];
+        for (;;) {
+            const int32_t at =
+                atomic_fetch_add_explicit(&run->cursors[list].next, 1, memory_order_relaxed);
+            if (at >= end) {
+                break;
+            }
+            raddle_attention_cpu_segment(&run->job, &run->job.state->scratch[worker],
+                                         &params->segments[at]);
+        }
+    }
+}
+
+static void merge_item(const attention_cpu_job *job, const attention_cpu_scratch *scratch,
+                       const raddle_attention_merge *merge) {
+    const raddle_attention_config *config = job->config;
+    const raddle_attention_params *params = job->params;
+    const int32_t rows = merge->row_end - merge->row_begin;
+    for (int32_t h = 0; h < config->heads_per_item && merge->head + h < config->num_kv_heads; h++) {
+        raddle_attention_cpu_clear(&scratch->folded, rows, config->head_dim_vo);
+        for (int32_t slot = merge->slot_begin; slot < merge->slot_begin + merge->slot_count;
+             slot++) {
+            const int64_t at = ((int64_t)slot * config->heads_per_item + h) * config->tile_rows;
+            const attention_cpu_states partial = {params->partial_state + 2 * at,
+                                                  params->partial_out + at * config->head_dim_vo};
+            raddle_attention_cpu_fold(&scratch->folded, &partial, rows, config->head_dim_vo);
+        }
+        raddle_attention_cpu_write(job, &params->requests[merge->request], merge->head + h,
+                                   merge->row_begin, merge->row_end, &scratch->folded);
+    }
+}
+
+static void merge_task(void *context, int worker, int num_workers) {
+    run_context *run = context;
+    (void)num_workers;
+    for (;;) {
+        const int at = atomic_fetch_add_explicit(&run->next_merge, 1, memory_order_relaxed);
+        if (at >= run->job.params->header->num_merges) {
+            break;
+        }
+        merge_item(&run->job, &run->job.state->scratch[worker], &run->job.params->merges[at]);
+    }
+}
+
+static raddle_status cpu_run(raddle_attention_plan *plan, const raddle_attention_params *params,
+                             raddle_stream stream) {
+    (void)stream;
+    cpu_plan_state *state = plan->backend_state;
+    const raddle_attention_header *header = params->header;
+    run_context run = {.job = {&plan->config, params, &state->shared}, .cursors = state->cursors};
+    for (int32_t w = 0; w < header->num_workers; w++) {
+        atomic_store_explicit(&state->cursors[w].next, params->worker_indptr[w],
+                              memory_order_relaxed);
+    }
+    atomic_init(&run.next_merge, 0);
+    if (header->num_workers > 0) {
+        raddle_threads_run(work_task, &run, header->num_workers);
+    }
+    if (header->num_merges > 0) {
+        raddle_threads_run(merge_task, &run, min_i32(header->num_merges, plan->config.num_workers));
+    }
+    return RADDLE_OK;
+}
+
+const raddle_attention_ops raddle_attention_ops_cpu = {
+    .prepare = cpu_prepare,
+    .run = cpu_run,
+    .release = cpu_release,
+};

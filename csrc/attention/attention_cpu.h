@@ -1,0 +1,65 @@
+/* attention_cpu.h - what the files of the CPU back end share: its state in a plan, one worker's
+ * scratch, running states.
+ *
+ * attention_cpu.c launches: workers over segments, then merges. attention_cpu_segment.c computes
+ * one segment. A running state of a row is (max, sum, acc[head_dim_vo]): the largest base 2 logit
+ * so far, the sum of 2^(logit - max), and the same sum over V rows. An empty one is (-inf, 0,
+ * 0...).
+ */
+#ifndef RADDLE_ATTENTION_ATTENTION_CPU_H
+#define RADDLE_ATTENTION_ATTENTION_CPU_H
+
+#include "attention/attention.h"
+#include "cpu/vec.h"
+
+/* Running states of several rows; state is [rows, 2] and acc [rows, head_dim_vo]. */
+typedef struct attention_cpu_states {
+    float *state;
+    float *acc;
+} attention_cpu_states;
+
+/* One worker's memory. block_rows is the most rows (of one or several heads) that are computed
+ * together. */
+typedef struct attention_cpu_scratch {
+    float *q;                    /* [block_rows, head_dim_qk] */
+    float *logits;               /* [tile_rows, tile_kv] */
+    attention_cpu_states chunk;  /* [block_rows]: of the tiles seen so far */
+    attention_cpu_states folded; /* [block_rows]: of the chunks seen so far, in fixed-chunk mode */
+    const void **k_rows;         /* [tile_kv] address of the token's K row of head 0 */
+    const void **v_rows;
+    int32_t *positions; /* [tile_kv] token numbers, ascending */
+} attention_cpu_scratch;
+
+typedef struct attention_cpu_state {
+    const raddle_vec *vec;
+    void *memory;
+    attention_cpu_scratch *scratch; /* [num_workers] */
+    int32_t block_rows;
+} attention_cpu_state;
+
+/* What every worker of a run reads. */
+typedef struct attention_cpu_job {
+    const raddle_attention_config *config;
+    const raddle_attention_params *params;
+    const attention_cpu_state *state;
+} attention_cpu_job;
+
+/* Computes one segment and writes its output or its partial. */
+void raddle_attention_cpu_segment(const attention_cpu_job *job,
+                                  const attention_cpu_scratch *scratch,
+                                  const raddle_attention_segment *segment);
+/* An empty state for each of rows. */
+void raddle_attention_cpu_clear(const attention_cpu_states *states, int64_t rows,
+                                int32_t head_dim_vo);
+/* into = into + from, row by row: the one way in which states are joined, here and in the merge
+ * phase. */
+void raddle_attention_cpu_fold(const attention_cpu_states *into, const attention_cpu_states *from,
+                               int64_t rows, int32_t head_dim_vo);
+/* Divides by the sums and writes out and lse of packed rows [row_begin, row_end) of K/V head head.
+ * Spoils states. */
+void raddle_attention_cpu_write(const attention_cpu_job *job,
+                                const raddle_attention_request *request, int32_t head,
+                                int32_t row_begin, int32_t row_end,
+                                const attention_cpu_states *states);
+
+#endif
