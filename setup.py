@@ -69,7 +69,7 @@ def write_if_changed(path, text):
 
 
 def is_stale(obj, flags_file):
-    """Whether an object is older than the flags or than a file in the compiler's dependency list."""
+    """Whether an object is older than the flags or a file in the compiler's dependency list."""
     deps = obj.with_suffix(".d")
     if not obj.is_file() or not deps.is_file():
         return True

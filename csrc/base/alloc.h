@@ -1,4 +1,6 @@
-/* alloc.h - the only door to the heap. Counts live blocks, so that a test can ask whether all came back. */
+/* alloc.h - the only door to the heap. Counts live blocks, so that a test can ask whether all came
+ * back.
+ */
 #ifndef RADDLE_BASE_ALLOC_H
 #define RADDLE_BASE_ALLOC_H
 
