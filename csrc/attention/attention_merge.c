@@ -87,8 +87,7 @@ static float state_at(const merge_job *job, int64_t row, int64_t head, int32_t i
     }
     *out_v = (const char *)p->v +
              (row * p->v_stride_row + i * p->v_stride_state + head * p->v_stride_head) * element;
-    return p->s[row * p->s_stride_row + i * p->s_stride_state + head * p->s_stride_head] *
-           p->to_log2;
+    return p->s[row * p->s_stride_row + i * p->s_stride_state + head * p->s_stride_head];
 }
 
 static void merge_head(const merge_job *job, int64_t row, int64_t head) {
