@@ -65,8 +65,8 @@ struct raddle_attention_plan {
     raddle_attention_limits limits;
     raddle_staging staging;             /* the schedule and the page table, one block */
     size_t pages_offset;                /* of the page table in that block */
-    raddle_attention_schedule host;     /* of the last update, for plan.schedule() and the CPU */
-    void *host_block;                   /* what host points into */
+    raddle_attention_schedule host;     /* of the last update, in its slot: for checks and plan.schedule() */
+    int64_t max_page_id, max_page_position; /* of the last update from host indices; -1: not known */
     raddle_attention_params params;     /* all but the tensors of a run */
     int32_t *arrivals;                  /* device memory of the plan, zeroed once */
     void *backend_state;                /* kernels on CUDA */
