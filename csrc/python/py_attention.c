@@ -1,0 +1,575 @@
+/* py_attention.c - raddle._core.AttentionPlan and the functions of the attention family.
+ *
+ * Everything here is positional: words, defaults and docstrings live in python/raddle/attention.py.
+ */
+#include "python/module.h"
+
+#include <string.h>
+
+#include "attention/attention.h"
+#include "base/alloc.h"
+#include "python/tensor_arg.h"
+
+typedef struct attention_plan_object {
+    PyObject_HEAD
+    raddle_plan *plan;
+    raddle_kv_layout layout;
+    bool is_cpu;
+} attention_plan_object;
+
+static int parse_layout(const char *text, raddle_kv_layout *out_layout) {
+    if (strcmp(text, "NHD") == 0 || strcmp(text, "HND") == 0) {
+        *out_layout = text[0] == 'N' ? RADDLE_NHD : RADDLE_HND;
+        return 0;
+    }
+    raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "kv_layout: expected \"NHD\" or \"HND\", got \"%s\"",
+                             text));
+    return -1;
+}
+
+static int parse_lse_base(const char *text, raddle_lse_base *out_base) {
+    if (strcmp(text, "2") == 0 || strcmp(text, "e") == 0) {
+        *out_base = text[0] == '2' ? RADDLE_LSE_BASE_2 : RADDLE_LSE_BASE_E;
+        return 0;
+    }
+    raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "lse_base: expected \"2\" or \"e\", got \"%s\"", text));
+    return -1;
+}
+
+/* Arrays of 16-bit floats and the like reach NumPy users as uint16: their bits are read as the planned dtype. */
+static void read_bits_as(raddle_tensor_arg *arg, raddle_dtype dtype) {
+    if (arg->view != NULL && arg->tensor.dtype == RADDLE_U16 &&
+        (dtype == RADDLE_BF16 || dtype == RADDLE_F16)) {
+        arg->tensor.dtype = dtype;
+    }
+}
+
+/* ------------------------------------------------------------------ construction */
+
+static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {
+        "num_qo_heads", "num_kv_heads", "head_dim",      "head_dim_vo", "page_size",
+        "dtype",        "kv_dtype",     "o_dtype",       "kv_layout",   "causal",
+        "window_left",  "sm_scale",     "lse_base",      "max_batch",   "max_pages",
+        "max_qo_tokens", "max_qo_len",  "fixed_chunk",   "max_ctas",    "device",
+        NULL};
+    raddle_attention_spec spec = {.struct_size = sizeof spec};
+    PyObject *dtype, *kv_dtype, *o_dtype, *device;
+    const char *layout_text, *base_text;
+    long long max_pages, max_qo_tokens;
+    int causal;
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "iiiiiOOOspifsiLLiiiO:AttentionPlan", names, &spec.num_qo_heads,
+            &spec.num_kv_heads, &spec.head_dim_qk, &spec.head_dim_vo, &spec.page_size, &dtype,
+            &kv_dtype, &o_dtype, &layout_text, &causal, &spec.window_left, &spec.sm_scale,
+            &base_text, &spec.max_batch, &max_pages, &max_qo_tokens, &spec.max_qo_len,
+            &spec.fixed_chunk, &spec.max_ctas, &device)) {
+        return NULL;
+    }
+    raddle_kv_layout layout;
+    spec.causal = causal != 0;
+    spec.max_pages = max_pages;
+    spec.max_qo_tokens = max_qo_tokens;
+    if (raddle_dtype_from_object(dtype, "dtype", &spec.q_dtype) < 0 ||
+        raddle_dtype_from_object(kv_dtype, "kv_dtype", &spec.kv_dtype) < 0 ||
+        raddle_dtype_from_object(o_dtype, "o_dtype", &spec.o_dtype) < 0 ||
+        raddle_device_from_object(device, "device", &spec.device) < 0 ||
+        parse_layout(layout_text, &layout) < 0 || parse_lse_base(base_text, &spec.lse_base) < 0) {
+        return NULL;
+    }
+    raddle_plan *plan = NULL;
+    raddle_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = raddle_attention_plan_create(&spec, &plan);
+    Py_END_ALLOW_THREADS;
+    if (status != RADDLE_OK) {
+        return raddle_raise(status);
+    }
+    attention_plan_object *self = (attention_plan_object *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        raddle_plan_destroy(plan);
+        return NULL;
+    }
+    self->plan = plan;
+    self->layout = layout;
+    self->is_cpu = spec.device.type == RADDLE_CPU;
+    return (PyObject *)self;
+}
+
+static void plan_dealloc(attention_plan_object *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    raddle_plan_destroy(self->plan);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* ------------------------------------------------------------------ workspace */
+
+static void release_hold(void *context) {
+    raddle_tensor_hold *hold = context;
+    PyGILState_STATE gil = PyGILState_Ensure();
+    raddle_tensor_hold_close(hold);
+    PyGILState_Release(gil);
+    raddle_free(hold);
+}
+
+PyDoc_STRVAR(plan_bind_doc, "bind(workspace, /)\n--\n\nUse the memory of a contiguous tensor as scratch.");
+
+static PyObject *plan_bind(attention_plan_object *self, PyObject *object) {
+    raddle_tensor_hold *hold = raddle_alloc_zero(sizeof *hold);
+    if (hold == NULL) {
+        return raddle_raise(raddle_fail_memory(sizeof *hold));
+    }
+    if (raddle_tensor_hold_open(object, "workspace", RADDLE_ARG_WRITE, RADDLE_DTYPE_NONE, hold) < 0) {
+        raddle_free(hold);
+        return NULL;
+    }
+    raddle_workspace *workspace = NULL;
+    raddle_status status = RADDLE_OK;
+    if (!raddle_tensor_is_contiguous(&hold->tensor)) {
+        status = raddle_fail(RADDLE_ERR_SHAPE, "workspace: expected a contiguous tensor");
+    }
+    if (status == RADDLE_OK) {
+        const size_t bytes = (size_t)raddle_tensor_count(&hold->tensor) *
+                             raddle_dtype_bytes(hold->tensor.dtype);
+        status = raddle_workspace_wrap(hold->tensor.device, hold->tensor.data, bytes, release_hold,
+                                       hold, &workspace);
+    }
+    if (status != RADDLE_OK) {
+        release_hold(hold);
+        return raddle_raise(status);
+    }
+    status = raddle_plan_bind_workspace(self->plan, workspace);
+    raddle_workspace_destroy(workspace);
+    if (status != RADDLE_OK) {
+        return raddle_raise(status);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *plan_workspace_size(attention_plan_object *self, void *closure) {
+    (void)closure;
+    return PyLong_FromSize_t(raddle_plan_workspace_bytes(self->plan));
+}
+
+/* ------------------------------------------------------------------ update */
+
+static int check_count(const char *function, Py_ssize_t given, Py_ssize_t wanted) {
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, got %zd", function, wanted, given);
+        return -1;
+    }
+    return 0;
+}
+
+static void close_args(raddle_tensor_arg *args, int count) {
+    for (int i = 0; i < count; i++) {
+        raddle_tensor_arg_close(&args[i]);
+    }
+}
+
+/* Opens count objects in order. On failure nothing stays open. */
+static int open_args(PyObject *const *objects, const char *const *names, const int *access,
+                     int count, raddle_tensor_arg *args) {
+    memset(args, 0, (size_t)count * sizeof *args);
+    for (int i = 0; i < count; i++) {
+        if (raddle_tensor_arg_open(objects[i], names[i], access[i], RADDLE_DTYPE_NONE, &args[i]) < 0) {
+            close_args(args, i);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+PyDoc_STRVAR(plan_update_doc,
+             "update(qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream, /)\n"
+             "--\n\nCompute the schedule of a batch and send it to the device.");
+
+static PyObject *plan_update(attention_plan_object *self, PyObject *const *objects,
+                             Py_ssize_t count) {
+    static const char *const names[] = {"qo_indptr",     "indptr",      "indices",
+                                        "last_page_len", "block_table", "seq_lens"};
+    static const int access[] = {RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL,
+                                 RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL};
+    enum { NUM = 6 };
+    raddle_tensor_arg args[NUM];
+    if (check_count("update", count, NUM + 1) < 0 || open_args(objects, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    raddle_stream stream = NULL;
+    raddle_status status = RADDLE_OK;
+    if (raddle_stream_from_args(objects[NUM], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    const raddle_attention_batch batch = {
+        .struct_size = sizeof batch,
+        .qo_indptr = args[0].view,
+        .kv_indptr = args[1].view,
+        .kv_indices = args[2].view,
+        .last_page_len = args[3].view,
+        .block_table = args[4].view,
+        .seq_lens = args[5].view,
+    };
+    Py_BEGIN_ALLOW_THREADS;
+    status = raddle_attention_plan_update(self->plan, &batch, stream);
+    Py_END_ALLOW_THREADS;
+    close_args(args, NUM);
+    if (status != RADDLE_OK) {
+        return raddle_raise(status);
+    }
+    Py_RETURN_NONE;
+}
+
+/* ------------------------------------------------------------------ run */
+
+/* The result: the caller's own tensor, or a new one of q's kind. New reference. */
+static PyObject *open_result(PyObject *given, PyObject *like, const char *name, const int64_t *shape,
+                             int ndim, raddle_dtype dtype, raddle_device device,
+                             raddle_tensor_arg *arg) {
+    PyObject *object = given == Py_None
+                           ? raddle_tensor_arg_new_like(like, shape, ndim, dtype, device)
+                           : Py_NewRef(given);
+    if (object == NULL) {
+        return NULL;
+    }
+    if (raddle_tensor_arg_open(object, name, RADDLE_ARG_WRITE, RADDLE_DTYPE_NONE, arg) < 0) {
+        Py_DECREF(object);
+        return NULL;
+    }
+    read_bits_as(arg, dtype);
+    return object;
+}
+
+PyDoc_STRVAR(plan_run_doc, "run(q, k_or_kv, v, out, lse, return_lse, stream, /)\n--\n\n"
+                           "Attention of the planned batch; capture-safe when out is given.");
+
+static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"q", "kv_cache", "v"};
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_OPTIONAL};
+    enum { Q, K, V, OUT, LSE, NUM };
+    const raddle_attention_plan *plan = (const raddle_attention_plan *)self->plan;
+    raddle_tensor_arg args[NUM];
+    memset(args, 0, sizeof args);
+    PyObject *out = NULL, *lse = NULL, *result = NULL;
+    raddle_kv_cache cache;
+    raddle_stream stream = NULL;
+    raddle_status status = RADDLE_OK;
+    if (check_count("run", count, 7) < 0 || open_args(objects, names, access, 3, args) < 0) {
+        return NULL;
+    }
+    const int want_lse = PyObject_IsTrue(objects[5]);
+    if (want_lse < 0) {
+        goto out;
+    }
+    read_bits_as(&args[Q], plan->config.q_dtype);
+    read_bits_as(&args[K], plan->config.kv_dtype);
+    read_bits_as(&args[V], plan->config.kv_dtype);
+    if (plan->base.state != RADDLE_PLAN_PLANNED) {
+        /* The core says it better, and before a result of unknown shape is made. */
+        status = raddle_plan_enter(self->plan, RADDLE_PLAN_PLANNED);
+        if (status == RADDLE_OK) {
+            raddle_plan_leave(self->plan);
+        }
+    }
+    if (status == RADDLE_OK) {
+        status = raddle_kv_cache_from_tensors(args[K].view, args[V].view, self->layout,
+                                              plan->config.page_size, &cache);
+    }
+    if (status != RADDLE_OK) {
+        raddle_raise(status);
+        goto out;
+    }
+    const int64_t rows = plan->host.header->num_qo_tokens;
+    const int64_t shape[3] = {rows, plan->config.num_qo_heads, plan->config.head_dim_vo};
+    out = open_result(objects[3], objects[0], "out", shape, 3, plan->config.o_dtype,
+                      plan->base.device, &args[OUT]);
+    if (out == NULL) {
+        goto out;
+    }
+    if (want_lse || objects[4] != Py_None) {
+        lse = open_result(objects[4], objects[0], "lse", shape, 2, RADDLE_F32, plan->base.device,
+                          &args[LSE]);
+        if (lse == NULL) {
+            goto out;
+        }
+    }
+    if (raddle_stream_from_args(objects[6], args, NUM, &stream) < 0) {
+        goto out;
+    }
+    const raddle_attention_args run_args = {
+        .struct_size = sizeof run_args,
+        .q = args[Q].view,
+        .kv = &cache,
+        .out = args[OUT].view,
+        .lse = lse == NULL ? NULL : args[LSE].view,
+    };
+    if (self->is_cpu) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = raddle_attention_plan_run(self->plan, &run_args, stream);
+        Py_END_ALLOW_THREADS;
+    } else {
+        status = raddle_attention_plan_run(self->plan, &run_args, stream);
+    }
+    if (status != RADDLE_OK) {
+        raddle_raise(status);
+        goto out;
+    }
+    result = want_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+out:
+    close_args(args, NUM);
+    Py_XDECREF(out);
+    Py_XDECREF(lse);
+    return result;
+}
+
+/* ------------------------------------------------------------------ what was planned */
+
+PyDoc_STRVAR(plan_schedule_doc,
+             "schedule()\n--\n\nThe last schedule as bytes of its arrays, and the config as a dict.");
+
+static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
+    (void)unused;
+    const raddle_attention_plan *plan = (const raddle_attention_plan *)self->plan;
+    raddle_status status = raddle_plan_enter(self->plan, RADDLE_PLAN_PLANNED);
+    if (status != RADDLE_OK) {
+        return raddle_raise(status);
+    }
+    const raddle_attention_schedule *schedule = &plan->host;
+    const raddle_attention_header *header = schedule->header;
+    const raddle_attention_config *config = &plan->config;
+    PyObject *result = Py_BuildValue(
+        "(y#y#y#y#{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i})", (const char *)schedule->requests,
+        (Py_ssize_t)((size_t)header->batch * sizeof(raddle_attention_request)),
+        (const char *)schedule->worker_indptr,
+        (Py_ssize_t)(((size_t)config->num_workers + 1) * sizeof(int32_t)),
+        (const char *)schedule->segments,
+        (Py_ssize_t)((size_t)header->num_segments * sizeof(raddle_attention_segment)),
+        (const char *)schedule->merges,
+        (Py_ssize_t)((size_t)header->num_merges * sizeof(raddle_attention_merge)), "tile_rows",
+        config->tile_rows, "tile_kv", config->tile_kv, "heads_per_item", config->heads_per_item,
+        "segment_cost", config->segment_cost, "num_workers", config->num_workers,
+        "num_slots", header->num_slots, "group_size", config->group_size, "num_kv_heads",
+        config->num_kv_heads);
+    raddle_plan_leave(self->plan);
+    return result;
+}
+
+static PyObject *plan_generation(attention_plan_object *self, void *closure) {
+    (void)closure;
+    return PyLong_FromUnsignedLongLong(self->plan->generation);
+}
+
+static PyMethodDef plan_methods[] = {
+    {"bind", (PyCFunction)plan_bind, METH_O, plan_bind_doc},
+    {"update", RADDLE_FASTCALL(plan_update), METH_FASTCALL, plan_update_doc},
+    {"run", RADDLE_FASTCALL(plan_run), METH_FASTCALL, plan_run_doc},
+    {"schedule", (PyCFunction)plan_schedule, METH_NOARGS, plan_schedule_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef plan_getset[] = {
+    {"workspace_size", (getter)plan_workspace_size, NULL, "Scratch bytes that this plan needs.", NULL},
+    {"generation", (getter)plan_generation, NULL, "How many batches were planned.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+PyDoc_STRVAR(plan_doc, "All decisions of one attention operation on one device.");
+
+static PyType_Slot plan_slots[] = {
+    {Py_tp_new, RADDLE_SLOT(plan_new)},
+    {Py_tp_dealloc, RADDLE_SLOT(plan_dealloc)},
+    {Py_tp_methods, plan_methods},
+    {Py_tp_getset, plan_getset},
+    {Py_tp_doc, (void *)plan_doc},
+    {0, NULL},
+};
+
+static PyType_Spec plan_spec = {
+    .name = "raddle._core.AttentionPlan",
+    .basicsize = sizeof(attention_plan_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = plan_slots,
+};
+
+/* ------------------------------------------------------------------ functions */
+
+static PyObject *finish(raddle_status status, raddle_tensor_arg *args, int count) {
+    close_args(args, count);
+    if (status != RADDLE_OK) {
+        return raddle_raise(status);
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(merge_state_doc, "attention_merge_state(v_a, s_a, v_b, s_b, mask, v_out, s_out, "
+                              "lse_base, stream, /)\n--\n\nJoin two partial attentions.");
+
+static PyObject *merge_state(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"v_a", "s_a", "v_b", "s_b", "mask", "v_out", "s_out"};
+    static const int access[] = {RADDLE_ARG_READ,  RADDLE_ARG_READ,     RADDLE_ARG_READ,
+                                 RADDLE_ARG_READ,  RADDLE_ARG_OPTIONAL, RADDLE_ARG_WRITE,
+                                 RADDLE_ARG_WRITE};
+    enum { NUM = 7 };
+    (void)module;
+    raddle_tensor_arg args[NUM];
+    raddle_lse_base base;
+    raddle_stream stream = NULL;
+    if (check_count("attention_merge_state", count, NUM + 2) < 0) {
+        return NULL;
+    }
+    const char *text = PyUnicode_AsUTF8(objects[NUM]);
+    if (text == NULL || parse_lse_base(text, &base) < 0 ||
+        open_args(objects, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    if (raddle_stream_from_args(objects[NUM + 1], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    return finish(raddle_attention_merge_state(args[0].view, args[1].view, args[2].view,
+                                               args[3].view, args[4].view, args[5].view,
+                                               args[6].view, base, stream),
+                  args, NUM);
+}
+
+PyDoc_STRVAR(merge_states_doc, "attention_merge_states(v, s, v_out, s_out, lse_base, stream, /)\n"
+                               "--\n\nJoin any number of partial attentions.");
+
+static PyObject *merge_states(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"v", "s", "v_out", "s_out"};
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
+                                 RADDLE_ARG_WRITE};
+    enum { NUM = 4 };
+    (void)module;
+    raddle_tensor_arg args[NUM];
+    raddle_lse_base base;
+    raddle_stream stream = NULL;
+    if (check_count("attention_merge_states", count, NUM + 2) < 0) {
+        return NULL;
+    }
+    const char *text = PyUnicode_AsUTF8(objects[NUM]);
+    if (text == NULL || parse_lse_base(text, &base) < 0 ||
+        open_args(objects, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    if (raddle_stream_from_args(objects[NUM + 1], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    return finish(raddle_attention_merge_states(args[0].view, args[1].view, args[2].view,
+                                                args[3].view, base, stream),
+                  args, NUM);
+}
+
+/* k, v, cache (or its K half) and V half or None, then the index tensors: what both appends share. Rows that NumPy
+ * holds as uint16 are bits of the cache's dtype, or of dtype when that is known. */
+static raddle_status open_cache(raddle_tensor_arg *args, raddle_kv_layout layout, raddle_dtype dtype,
+                                raddle_kv_cache *out_cache) {
+    for (int i = 0; i < 4; i++) {
+        read_bits_as(&args[i], dtype);
+    }
+    const raddle_tensor *cache = args[2].view;
+    const int token_axis = (layout == RADDLE_NHD ? 1 : 2) + (args[3].view == NULL ? 1 : 0);
+    RADDLE_REQUIRE(cache->ndim > token_axis && cache->shape[token_axis] <= INT32_MAX,
+                   RADDLE_ERR_SHAPE,
+                   "kv_cache: expected [num_pages, 2, ...] of 5 dimensions or a (k, v) pair of 4, got "
+                   "%d dimensions",
+                   (int)cache->ndim);
+    return raddle_kv_cache_from_tensors(cache, args[3].view, layout,
+                                        (int32_t)cache->shape[token_axis], out_cache);
+}
+
+/* A cache whose dtype NumPy cannot name is given by the word dtype (None: as the tensors say). */
+static int parse_append(PyObject *layout_object, PyObject *dtype_object,
+                        raddle_kv_layout *out_layout, raddle_dtype *out_dtype) {
+    const char *text = PyUnicode_AsUTF8(layout_object);
+    if (text == NULL || parse_layout(text, out_layout) < 0) {
+        return -1;
+    }
+    return raddle_dtype_from_object(dtype_object, "dtype", out_dtype);
+}
+
+PyDoc_STRVAR(append_doc, "attention_append(k, v, k_or_kv_cache, v_cache, batch_indices, positions, "
+                         "indptr, indices, kv_layout, dtype, stream, /)\n--\n\n"
+                         "Write rows into a paged cache by request and position.");
+
+static PyObject *append(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"k",         "v",      "kv_cache", "kv_cache", "batch_indices",
+                                        "positions", "indptr", "indices"};
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
+                                 RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL,
+                                 RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ};
+    enum { NUM = 8 };
+    (void)module;
+    raddle_tensor_arg args[NUM];
+    raddle_kv_layout layout;
+    raddle_dtype dtype;
+    raddle_kv_cache cache;
+    raddle_stream stream = NULL;
+    if (check_count("attention_append", count, NUM + 3) < 0 ||
+        parse_append(objects[NUM], objects[NUM + 1], &layout, &dtype) < 0 ||
+        open_args(objects, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    if (raddle_stream_from_args(objects[NUM + 2], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    raddle_status status = open_cache(args, layout, dtype, &cache);
+    if (status == RADDLE_OK) {
+        status = raddle_attention_append(args[0].view, args[1].view, args[4].view, args[5].view,
+                                         args[6].view, args[7].view, &cache, stream);
+    }
+    return finish(status, args, NUM);
+}
+
+PyDoc_STRVAR(append_slots_doc, "attention_append_slots(k, v, k_or_kv_cache, v_cache, slot_mapping, "
+                               "kv_layout, dtype, stream, /)\n--\n\n"
+                               "Write rows into a paged cache by slot.");
+
+static PyObject *append_slots(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"k", "v", "kv_cache", "kv_cache", "slot_mapping"};
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
+                                 RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL, RADDLE_ARG_READ};
+    enum { NUM = 5 };
+    (void)module;
+    raddle_tensor_arg args[NUM];
+    raddle_kv_layout layout;
+    raddle_dtype dtype;
+    raddle_kv_cache cache;
+    raddle_stream stream = NULL;
+    if (check_count("attention_append_slots", count, NUM + 3) < 0 ||
+        parse_append(objects[NUM], objects[NUM + 1], &layout, &dtype) < 0 ||
+        open_args(objects, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    if (raddle_stream_from_args(objects[NUM + 2], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    raddle_status status = open_cache(args, layout, dtype, &cache);
+    if (status == RADDLE_OK) {
+        status = raddle_attention_append_slots(args[0].view, args[1].view, args[4].view, &cache,
+                                               stream);
+    }
+    return finish(status, args, NUM);
+}
+
+static PyMethodDef functions[] = {
+    {"attention_merge_state", RADDLE_FASTCALL(merge_state), METH_FASTCALL, merge_state_doc},
+    {"attention_merge_states", RADDLE_FASTCALL(merge_states), METH_FASTCALL, merge_states_doc},
+    {"attention_append", RADDLE_FASTCALL(append), METH_FASTCALL, append_doc},
+    {"attention_append_slots", RADDLE_FASTCALL(append_slots), METH_FASTCALL, append_slots_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+int raddle_py_add_attention(PyObject *module) {
+    PyObject *type = PyType_FromModuleAndSpec(module, &plan_spec, NULL);
+    if (type == NULL) {
+        return -1;
+    }
+    const int added = PyModule_AddType(module, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return added < 0 ? -1 : PyModule_AddFunctions(module, functions);
+}
