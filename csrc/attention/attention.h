@@ -1,8 +1,9 @@
-/* attention.h - what the files of this family share: the compile-time config, the plan, the two back ends.
+/* attention.h - what the files of this family share: the compile-time config, the plan, the two
+ * back ends.
  *
- * attention_spec.c says whether a spec can be and derives the config; attention_schedule.c is the planner, pure C over
- * plain structs; attention_plan.c holds the life cycle; attention_cuda.c and attention_cpu.c launch;
- * attention_cache.c appends, attention_merge.c merges states.
+ * attention_spec.c says whether a spec can be and derives the config; attention_schedule.c is the
+ * planner, pure C over plain structs; attention_plan.c holds the life cycle; attention_cuda.c and
+ * attention_cpu.c launch; attention_cache.c appends, attention_merge.c merges states.
  */
 #ifndef RADDLE_ATTENTION_ATTENTION_H
 #define RADDLE_ATTENTION_ATTENTION_H
@@ -16,8 +17,8 @@ typedef struct raddle_attention_config {
     raddle_dtype q_dtype, kv_dtype, o_dtype;
     int32_t head_dim_qk, head_dim_vo;
     int32_t num_qo_heads, num_kv_heads, group_size;
-    int32_t page_size;      /* 0: ragged */
-    int32_t causal;         /* 0 when every request has one query row: nothing to mask */
+    int32_t page_size; /* 0: ragged */
+    int32_t causal;    /* 0 when every request has one query row: nothing to mask */
     int32_t has_window;
     int32_t tile_rows;      /* packed rows per item and K/V head */
     int32_t tile_kv;        /* tokens: cuts lie at multiples of it */
@@ -47,10 +48,11 @@ typedef struct raddle_attention_plan raddle_attention_plan;
 
 /* One back end. Both are complete. */
 typedef struct raddle_attention_ops {
-    /* Chooses tile_rows, tile_kv, heads_per_item, num_workers and segment_cost; compiles what run() will launch.
-     * RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
+    /* Chooses tile_rows, tile_kv, heads_per_item, num_workers and segment_cost; compiles what run()
+     * will launch. RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
     raddle_status (*prepare)(raddle_attention_plan *plan);
-    raddle_status (*run)(raddle_attention_plan *plan, const raddle_attention_params *params, raddle_stream stream);
+    raddle_status (*run)(raddle_attention_plan *plan, const raddle_attention_params *params,
+                         raddle_stream stream);
     void (*release)(raddle_attention_plan *plan);
 } raddle_attention_ops;
 
@@ -63,28 +65,50 @@ struct raddle_attention_plan {
     raddle_attention_spec spec; /* defaults filled in */
     raddle_attention_config config;
     raddle_attention_limits limits;
-    raddle_staging staging;             /* the schedule and the page table, one block */
-    size_t pages_offset;                /* of the page table in that block */
-    raddle_attention_schedule host;     /* of the last update, in its slot: for checks and plan.schedule() */
-    int64_t max_page_id, max_page_position; /* of the last update from host indices; -1: not known */
-    raddle_attention_params params;     /* all but the tensors of a run */
-    int32_t *arrivals;                  /* device memory of the plan, zeroed once */
-    void *backend_state;                /* kernels on CUDA */
+    raddle_staging staging; /* the schedule and the page table, one block */
+    size_t pages_offset;    /* of the page table in that block */
+    raddle_attention_schedule
+        host; /* of the last update, in its slot: for checks and plan.schedule() */
+    int64_t max_page_id,
+        max_page_position;          /* of the last update from host indices; -1: not known */
+    raddle_attention_params params; /* all but the tensors of a run */
+    int32_t *arrivals;              /* device memory of the plan, zeroed once */
+    void *backend_state;            /* kernels on CUDA */
 };
 
 /* attention_spec.c */
-raddle_status raddle_attention_spec_check(const raddle_attention_spec *spec, raddle_attention_spec *out_spec);
-void raddle_attention_config_from_spec(const raddle_attention_spec *spec, raddle_attention_config *out_config);
+raddle_status raddle_attention_spec_check(const raddle_attention_spec *spec,
+                                          raddle_attention_spec *out_spec);
+void raddle_attention_config_from_spec(const raddle_attention_spec *spec,
+                                       raddle_attention_config *out_config);
 
 /* attention_schedule.c: the planner. requests is filled already (batch of them). */
-raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec, const raddle_attention_config *config,
+raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,
+                                             const raddle_attention_config *config,
                                              raddle_attention_limits *out_limits);
-raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec, const raddle_attention_config *config,
+raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
+                                              const raddle_attention_config *config,
                                               const raddle_attention_limits *limits, int32_t batch,
                                               raddle_attention_schedule *schedule);
 /* K/V tokens that rows [row_begin, row_end) of a request can see: [*begin, *end). */
-void raddle_attention_visible(const raddle_attention_request *request, int32_t group_size, bool causal,
-                              int32_t window_left, int32_t row_begin, int32_t row_end, int32_t *out_begin,
-                              int32_t *out_end);
+void raddle_attention_visible(const raddle_attention_request *request, int32_t group_size,
+                              bool causal, int32_t window_left, int32_t row_begin, int32_t row_end,
+                              int32_t *out_begin, int32_t *out_end);
+
+/* attention_batch.c: what one update brings. */
+typedef struct raddle_attention_reading {
+    int32_t batch;
+    int64_t num_pages; /* entries of the page table in use */
+    const void
+        *device_pages;   /* int32 page table that lies on the device, still to be copied; or NULL */
+    int64_t max_page_id; /* of a page table read on the host; -1: none */
+    int64_t max_page_position;
+} raddle_attention_reading;
+
+/* Fills requests [batch] and pages [num_pages]; nothing is sent. */
+raddle_status raddle_attention_batch_read(const raddle_attention_plan *plan,
+                                          const raddle_attention_batch *batch, raddle_stream stream,
+                                          raddle_attention_request *requests, int32_t *pages,
+                                          raddle_attention_reading *out_reading);
 
 #endif

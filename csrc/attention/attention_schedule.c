@@ -1,14 +1,17 @@
-/* attention_schedule.c - the planner: cuts a batch into equal contiguous shares of work, one per worker.
+/* attention_schedule.c - the planner: cuts a batch into equal contiguous shares of work, one per
+ * worker.
  *
- * Items (request, head group, row tile) are laid end to end; an item costs the K/V tokens it sees plus the price of a
- * segment. With load as the share of one worker, fill_workers() walks the items once, gives each worker whole items
- * while they fit, and cuts the one that does not, at a multiple of the K/V tile, when the piece is worth its price.
- * The smallest feasible load lies in a narrow bracket that follows from the totals; a few probes of it decide. Uneven
- * boundaries that exist already (128 items on 132 workers) thus win over cuts when they are cheaper.
+ * Items (request, head group, row tile) are laid end to end; an item costs the K/V tokens it sees
+ * plus the price of a segment. With load as the share of one worker, fill_workers() walks the items
+ * once, gives each worker whole items while they fit, and cuts the one that does not, at a multiple
+ * of the K/V tile, when the piece is worth its price. The smallest feasible load lies in a narrow
+ * bracket that follows from the totals; a few probes of it decide. Uneven boundaries that exist
+ * already (128 items on 132 workers) thus win over cuts when they are cheaper.
  *
- * Balance and pricing after notes on measured decode: a cut costs 1.5 to 2 us on an H100, the time of a few tiles.
- * Cf. FlashInfer (arXiv 2501.01005), algorithm 1, which cuts to a bound and assigns by a heap; contiguous shares need
- * no heap, keep a worker's K/V neighbouring, and bound the partials by the workers instead of the batch.
+ * Balance and pricing after notes on measured decode: a cut costs 1.5 to 2 us on an H100, the time
+ * of a few tiles. Cf. FlashInfer (arXiv 2501.01005), algorithm 1, which cuts to a bound and assigns
+ * by a heap; contiguous shares need no heap, keep a worker's K/V neighbouring, and bound the
+ * partials by the workers instead of the batch.
  */
 #include "attention/attention.h"
 
@@ -19,7 +22,8 @@ enum { LOAD_PROBES = 4 };
 void raddle_attention_visible(const raddle_attention_request *request, int32_t group_size,
                               bool causal, int32_t window_left, int32_t row_begin, int32_t row_end,
                               int32_t *out_begin, int32_t *out_end) {
-    /* Key j is seen by query token i iff j <= kv_len - qo_len + i (causal) and j >= kv_len - qo_len + i - window. */
+    /* Key j is seen by query token i iff j <= kv_len - qo_len + i (causal) and j >= kv_len - qo_len
+     * + i - window. */
     const int64_t diagonal = (int64_t)request->kv_len - request->qo_len;
     const int64_t first = diagonal + row_begin / group_size;
     const int64_t last = diagonal + (row_end - 1) / group_size;
@@ -49,7 +53,8 @@ raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,
                                              raddle_attention_limits *out_limits) {
     const int64_t groups = head_groups(config);
     const int64_t workers = config->num_workers;
-    /* A request's last tile may be partial; with a bounded qo_len each request has at most so many tiles. */
+    /* A request's last tile may be partial; with a bounded qo_len each request has at most so many
+     * tiles. */
     int64_t tiles = spec->max_qo_tokens * config->group_size / config->tile_rows + spec->max_batch;
     if (spec->max_qo_len > 0) {
         const int64_t rows = (int64_t)spec->max_qo_len * config->group_size;
@@ -79,11 +84,12 @@ raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,
         limits.max_segments = items + chunks;
         limits.max_slots = chunks;
     }
-    RADDLE_REQUIRE(limits.max_segments <= INT32_MAX / 2 && limits.max_slots <= INT32_MAX / 2,
-                   RADDLE_ERR_CAPACITY,
-                   "max_batch, max_qo_tokens, max_pages: the schedule could have %lld segments; lower "
-                   "the maxima or raise fixed_chunk",
-                   (long long)limits.max_segments);
+    RADDLE_REQUIRE(
+        limits.max_segments <= INT32_MAX / 2 && limits.max_slots <= INT32_MAX / 2,
+        RADDLE_ERR_CAPACITY,
+        "max_batch, max_qo_tokens, max_pages: the schedule could have %lld segments; lower "
+        "the maxima or raise fixed_chunk",
+        (long long)limits.max_segments);
     *out_limits = limits;
     return RADDLE_OK;
 }
@@ -170,7 +176,8 @@ static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_e
     w->num_slots += is_cut;
 }
 
-/* A piece of an item for the current worker; in fixed-chunk mode a piece of a cut item is one segment per chunk. */
+/* A piece of an item for the current worker; in fixed-chunk mode a piece of a cut item is one
+ * segment per chunk. */
 static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end, bool is_cut) {
     const int32_t chunk = w->spec->fixed_chunk;
     w->used += (int64_t)(kv_end - kv_begin) + w->config->segment_cost;
@@ -202,8 +209,9 @@ static void finish_cut_item(walk *w, const item *it, int32_t first_slot) {
     w->num_merges++;
 }
 
-/* Where to cut so that the piece fits what room the worker has: a multiple of the grain, or kv_begin when none does.
- * An empty worker takes one grain at least, or the walk would stand still. */
+/* Where to cut so that the piece fits what room the worker has: a multiple of the grain, or
+ * kv_begin when none does. An empty worker takes one grain at least, or the walk would stand still.
+ */
 static int32_t cut_position(const walk *w, int32_t kv_begin, int32_t kv_end) {
     const int32_t grain = w->spec->fixed_chunk > 0 ? w->spec->fixed_chunk : w->config->tile_kv;
     const int64_t tokens = w->load - w->used - w->config->segment_cost;
@@ -284,9 +292,11 @@ static int64_t choose_load(const raddle_attention_spec *spec, const raddle_atten
     const int64_t useful = sum.tokens / (price > grain ? price : grain);
     int64_t workers = min64(config->num_workers, useful > sum.items ? useful : sum.items);
     workers = workers < 1 ? 1 : workers;
-    /* Below: nothing cut. Above: a cut at every boundary, each leaving less than a price and a grain unused. */
+    /* Below: nothing cut. Above: a cut at every boundary, each leaving less than a price and a
+     * grain unused. */
     const int64_t low = ceil_div(sum.tokens + price * sum.items, workers);
-    const int64_t high = ceil_div(sum.tokens + price * (sum.items + workers - 1), workers) + price + grain;
+    const int64_t high =
+        ceil_div(sum.tokens + price * (sum.items + workers - 1), workers) + price + grain;
     for (int probe = 0; probe < LOAD_PROBES; probe++) {
         const int64_t load = low + (high - low) * probe / LOAD_PROBES;
         walk w = start_walk(spec, config, limits, load);
@@ -316,7 +326,8 @@ raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
     assert(fits);
     (void)fits;
     close_worker(&w);
-    /* Every worker that a launch may start finds a range, an empty one past the last that has work. */
+    /* Every worker that a launch may start finds a range, an empty one past the last that has work.
+     */
     for (int32_t i = w.worker; i < config->num_workers; i++) {
         schedule->worker_indptr[i + 1] = w.num_segments;
     }

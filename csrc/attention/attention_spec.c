@@ -34,11 +34,12 @@ static raddle_status check_limits(raddle_attention_spec *spec) {
                        "max_qo_tokens: give the most query rows of a batch");
         spec->max_qo_tokens = (int64_t)spec->max_batch * spec->max_qo_len;
     }
-    RADDLE_REQUIRE(spec->max_qo_tokens > 0 && spec->max_qo_tokens <= INT32_MAX / spec->num_qo_heads,
-                   RADDLE_ERR_VALUE,
-                   "max_qo_tokens: expected 1 to %d (rows times num_qo_heads must fit 31 bits), got "
-                   "%lld",
-                   INT32_MAX / (int)spec->num_qo_heads, (long long)spec->max_qo_tokens);
+    RADDLE_REQUIRE(
+        spec->max_qo_tokens > 0 && spec->max_qo_tokens <= INT32_MAX / spec->num_qo_heads,
+        RADDLE_ERR_VALUE,
+        "max_qo_tokens: expected 1 to %d (rows times num_qo_heads must fit 31 bits), got "
+        "%lld",
+        INT32_MAX / (int)spec->num_qo_heads, (long long)spec->max_qo_tokens);
     RADDLE_REQUIRE(spec->max_ctas >= 0, RADDLE_ERR_VALUE,
                    "max_ctas: expected 0 (all) or more, got %d", (int)spec->max_ctas);
     RADDLE_REQUIRE(spec->fixed_chunk >= 0 && spec->fixed_chunk % CHUNK_MULTIPLE == 0,
@@ -137,8 +138,8 @@ static raddle_status describe_side(const raddle_tensor *tensor, kv_axes axes, in
                    "%s: expected as many %s and heads as K has (%lld, %d), got (%lld, %lld)",
                    tensor->name, axes.page >= 0 ? "pages" : "rows", (long long)known,
                    (int)cache->num_kv_heads, (long long)extent, (long long)heads);
-    RADDLE_REQUIRE(tensor->shape[dim_axis] <= INT32_MAX, RADDLE_ERR_SHAPE,
-                   "%s: head_dim is %lld", tensor->name, (long long)tensor->shape[dim_axis]);
+    RADDLE_REQUIRE(tensor->shape[dim_axis] <= INT32_MAX, RADDLE_ERR_SHAPE, "%s: head_dim is %lld",
+                   tensor->name, (long long)tensor->shape[dim_axis]);
     cache->num_kv_heads = (int32_t)heads;
     cache->num_pages = axes.page >= 0 ? extent : 0;
     cache->num_tokens = axes.page >= 0 ? extent * page_size : extent;

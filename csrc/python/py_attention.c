@@ -11,8 +11,7 @@
 #include "python/tensor_arg.h"
 
 typedef struct attention_plan_object {
-    PyObject_HEAD
-    raddle_plan *plan;
+    PyObject_HEAD raddle_plan *plan;
     raddle_kv_layout layout;
     bool is_cpu;
 } attention_plan_object;
@@ -22,8 +21,8 @@ static int parse_layout(const char *text, raddle_kv_layout *out_layout) {
         *out_layout = text[0] == 'N' ? RADDLE_NHD : RADDLE_HND;
         return 0;
     }
-    raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "kv_layout: expected \"NHD\" or \"HND\", got \"%s\"",
-                             text));
+    raddle_raise(
+        raddle_fail(RADDLE_ERR_VALUE, "kv_layout: expected \"NHD\" or \"HND\", got \"%s\"", text));
     return -1;
 }
 
@@ -32,11 +31,13 @@ static int parse_lse_base(const char *text, raddle_lse_base *out_base) {
         *out_base = text[0] == '2' ? RADDLE_LSE_BASE_2 : RADDLE_LSE_BASE_E;
         return 0;
     }
-    raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "lse_base: expected \"2\" or \"e\", got \"%s\"", text));
+    raddle_raise(
+        raddle_fail(RADDLE_ERR_VALUE, "lse_base: expected \"2\" or \"e\", got \"%s\"", text));
     return -1;
 }
 
-/* Arrays of 16-bit floats and the like reach NumPy users as uint16: their bits are read as the planned dtype. */
+/* Arrays of 16-bit floats and the like reach NumPy users as uint16: their bits are read as the
+ * planned dtype. */
 static void read_bits_as(raddle_tensor_arg *arg, raddle_dtype dtype) {
     if (arg->view != NULL && arg->tensor.dtype == RADDLE_U16 &&
         (dtype == RADDLE_BF16 || dtype == RADDLE_F16)) {
@@ -48,11 +49,10 @@ static void read_bits_as(raddle_tensor_arg *arg, raddle_dtype dtype) {
 
 static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {
-        "num_qo_heads", "num_kv_heads", "head_dim",      "head_dim_vo", "page_size",
-        "dtype",        "kv_dtype",     "o_dtype",       "kv_layout",   "causal",
-        "window_left",  "sm_scale",     "lse_base",      "max_batch",   "max_pages",
-        "max_qo_tokens", "max_qo_len",  "fixed_chunk",   "max_ctas",    "device",
-        NULL};
+        "num_qo_heads", "num_kv_heads", "head_dim",  "head_dim_vo",   "page_size",   "dtype",
+        "kv_dtype",     "o_dtype",      "kv_layout", "causal",        "window_left", "sm_scale",
+        "lse_base",     "max_batch",    "max_pages", "max_qo_tokens", "max_qo_len",  "fixed_chunk",
+        "max_ctas",     "device",       NULL};
     raddle_attention_spec spec = {.struct_size = sizeof spec};
     PyObject *dtype, *kv_dtype, *o_dtype, *device;
     const char *layout_text, *base_text;
@@ -113,14 +113,16 @@ static void release_hold(void *context) {
     raddle_free(hold);
 }
 
-PyDoc_STRVAR(plan_bind_doc, "bind(workspace, /)\n--\n\nUse the memory of a contiguous tensor as scratch.");
+PyDoc_STRVAR(plan_bind_doc,
+             "bind(workspace, /)\n--\n\nUse the memory of a contiguous tensor as scratch.");
 
 static PyObject *plan_bind(attention_plan_object *self, PyObject *object) {
     raddle_tensor_hold *hold = raddle_alloc_zero(sizeof *hold);
     if (hold == NULL) {
         return raddle_raise(raddle_fail_memory(sizeof *hold));
     }
-    if (raddle_tensor_hold_open(object, "workspace", RADDLE_ARG_WRITE, RADDLE_DTYPE_NONE, hold) < 0) {
+    if (raddle_tensor_hold_open(object, "workspace", RADDLE_ARG_WRITE, RADDLE_DTYPE_NONE, hold) <
+        0) {
         raddle_free(hold);
         return NULL;
     }
@@ -130,8 +132,8 @@ static PyObject *plan_bind(attention_plan_object *self, PyObject *object) {
         status = raddle_fail(RADDLE_ERR_SHAPE, "workspace: expected a contiguous tensor");
     }
     if (status == RADDLE_OK) {
-        const size_t bytes = (size_t)raddle_tensor_count(&hold->tensor) *
-                             raddle_dtype_bytes(hold->tensor.dtype);
+        const size_t bytes =
+            (size_t)raddle_tensor_count(&hold->tensor) * raddle_dtype_bytes(hold->tensor.dtype);
         status = raddle_workspace_wrap(hold->tensor.device, hold->tensor.data, bytes, release_hold,
                                        hold, &workspace);
     }
@@ -173,7 +175,8 @@ static int open_args(PyObject *const *objects, const char *const *names, const i
                      int count, raddle_tensor_arg *args) {
     memset(args, 0, (size_t)count * sizeof *args);
     for (int i = 0; i < count; i++) {
-        if (raddle_tensor_arg_open(objects[i], names[i], access[i], RADDLE_DTYPE_NONE, &args[i]) < 0) {
+        if (raddle_tensor_arg_open(objects[i], names[i], access[i], RADDLE_DTYPE_NONE, &args[i]) <
+            0) {
             close_args(args, i);
             return -1;
         }
@@ -193,7 +196,8 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
                                  RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL};
     enum { NUM = 6 };
     raddle_tensor_arg args[NUM];
-    if (check_count("update", count, NUM + 1) < 0 || open_args(objects, names, access, NUM, args) < 0) {
+    if (check_count("update", count, NUM + 1) < 0 ||
+        open_args(objects, names, access, NUM, args) < 0) {
         return NULL;
     }
     raddle_stream stream = NULL;
@@ -224,9 +228,9 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
 /* ------------------------------------------------------------------ run */
 
 /* The result: the caller's own tensor, or a new one of q's kind. New reference. */
-static PyObject *open_result(PyObject *given, PyObject *like, const char *name, const int64_t *shape,
-                             int ndim, raddle_dtype dtype, raddle_device device,
-                             raddle_tensor_arg *arg) {
+static PyObject *open_result(PyObject *given, PyObject *like, const char *name,
+                             const int64_t *shape, int ndim, raddle_dtype dtype,
+                             raddle_device device, raddle_tensor_arg *arg) {
     PyObject *object = given == Py_None
                            ? raddle_tensor_arg_new_like(like, shape, ndim, dtype, device)
                            : Py_NewRef(given);
@@ -325,8 +329,9 @@ out:
 
 /* ------------------------------------------------------------------ what was planned */
 
-PyDoc_STRVAR(plan_schedule_doc,
-             "schedule()\n--\n\nThe last schedule as bytes of its arrays, and the config as a dict.");
+PyDoc_STRVAR(
+    plan_schedule_doc,
+    "schedule()\n--\n\nThe last schedule as bytes of its arrays, and the config as a dict.");
 
 static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
     (void)unused;
@@ -348,9 +353,8 @@ static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
         (const char *)schedule->merges,
         (Py_ssize_t)((size_t)header->num_merges * sizeof(raddle_attention_merge)), "tile_rows",
         config->tile_rows, "tile_kv", config->tile_kv, "heads_per_item", config->heads_per_item,
-        "segment_cost", config->segment_cost, "num_workers", config->num_workers,
-        "num_slots", header->num_slots, "group_size", config->group_size, "num_kv_heads",
-        config->num_kv_heads);
+        "segment_cost", config->segment_cost, "num_workers", config->num_workers, "num_slots",
+        header->num_slots, "group_size", config->group_size, "num_kv_heads", config->num_kv_heads);
     raddle_plan_leave(self->plan);
     return result;
 }
@@ -369,7 +373,8 @@ static PyMethodDef plan_methods[] = {
 };
 
 static PyGetSetDef plan_getset[] = {
-    {"workspace_size", (getter)plan_workspace_size, NULL, "Scratch bytes that this plan needs.", NULL},
+    {"workspace_size", (getter)plan_workspace_size, NULL, "Scratch bytes that this plan needs.",
+     NULL},
     {"generation", (getter)plan_generation, NULL, "How many batches were planned.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
@@ -377,12 +382,9 @@ static PyGetSetDef plan_getset[] = {
 PyDoc_STRVAR(plan_doc, "All decisions of one attention operation on one device.");
 
 static PyType_Slot plan_slots[] = {
-    {Py_tp_new, RADDLE_SLOT(plan_new)},
-    {Py_tp_dealloc, RADDLE_SLOT(plan_dealloc)},
-    {Py_tp_methods, plan_methods},
-    {Py_tp_getset, plan_getset},
-    {Py_tp_doc, (void *)plan_doc},
-    {0, NULL},
+    {Py_tp_new, RADDLE_SLOT(plan_new)}, {Py_tp_dealloc, RADDLE_SLOT(plan_dealloc)},
+    {Py_tp_methods, plan_methods},      {Py_tp_getset, plan_getset},
+    {Py_tp_doc, (void *)plan_doc},      {0, NULL},
 };
 
 static PyType_Spec plan_spec = {
@@ -407,8 +409,8 @@ PyDoc_STRVAR(merge_state_doc, "attention_merge_state(v_a, s_a, v_b, s_b, mask, v
 
 static PyObject *merge_state(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
     static const char *const names[] = {"v_a", "s_a", "v_b", "s_b", "mask", "v_out", "s_out"};
-    static const int access[] = {RADDLE_ARG_READ,  RADDLE_ARG_READ,     RADDLE_ARG_READ,
-                                 RADDLE_ARG_READ,  RADDLE_ARG_OPTIONAL, RADDLE_ARG_WRITE,
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ,     RADDLE_ARG_READ,
+                                 RADDLE_ARG_READ, RADDLE_ARG_OPTIONAL, RADDLE_ARG_WRITE,
                                  RADDLE_ARG_WRITE};
     enum { NUM = 7 };
     (void)module;
@@ -462,20 +464,20 @@ static PyObject *merge_states(PyObject *module, PyObject *const *objects, Py_ssi
                   args, NUM);
 }
 
-/* k, v, cache (or its K half) and V half or None, then the index tensors: what both appends share. Rows that NumPy
- * holds as uint16 are bits of the cache's dtype, or of dtype when that is known. */
-static raddle_status open_cache(raddle_tensor_arg *args, raddle_kv_layout layout, raddle_dtype dtype,
-                                raddle_kv_cache *out_cache) {
+/* k, v, cache (or its K half) and V half or None, then the index tensors: what both appends share.
+ * Rows that NumPy holds as uint16 are bits of the cache's dtype, or of dtype when that is known. */
+static raddle_status open_cache(raddle_tensor_arg *args, raddle_kv_layout layout,
+                                raddle_dtype dtype, raddle_kv_cache *out_cache) {
     for (int i = 0; i < 4; i++) {
         read_bits_as(&args[i], dtype);
     }
     const raddle_tensor *cache = args[2].view;
     const int token_axis = (layout == RADDLE_NHD ? 1 : 2) + (args[3].view == NULL ? 1 : 0);
-    RADDLE_REQUIRE(cache->ndim > token_axis && cache->shape[token_axis] <= INT32_MAX,
-                   RADDLE_ERR_SHAPE,
-                   "kv_cache: expected [num_pages, 2, ...] of 5 dimensions or a (k, v) pair of 4, got "
-                   "%d dimensions",
-                   (int)cache->ndim);
+    RADDLE_REQUIRE(
+        cache->ndim > token_axis && cache->shape[token_axis] <= INT32_MAX, RADDLE_ERR_SHAPE,
+        "kv_cache: expected [num_pages, 2, ...] of 5 dimensions or a (k, v) pair of 4, got "
+        "%d dimensions",
+        (int)cache->ndim);
     return raddle_kv_cache_from_tensors(cache, args[3].view, layout,
                                         (int32_t)cache->shape[token_axis], out_cache);
 }
@@ -495,11 +497,11 @@ PyDoc_STRVAR(append_doc, "attention_append(k, v, k_or_kv_cache, v_cache, batch_i
                          "Write rows into a paged cache by request and position.");
 
 static PyObject *append(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"k",         "v",      "kv_cache", "kv_cache", "batch_indices",
-                                        "positions", "indptr", "indices"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
-                                 RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL,
-                                 RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ};
+    static const char *const names[] = {
+        "k", "v", "kv_cache", "kv_cache", "batch_indices", "positions", "indptr", "indices"};
+    static const int access[] = {
+        RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE, RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL,
+        RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ,  RADDLE_ARG_READ};
     enum { NUM = 8 };
     (void)module;
     raddle_tensor_arg args[NUM];
@@ -550,8 +552,8 @@ static PyObject *append_slots(PyObject *module, PyObject *const *objects, Py_ssi
     }
     raddle_status status = open_cache(args, layout, dtype, &cache);
     if (status == RADDLE_OK) {
-        status = raddle_attention_append_slots(args[0].view, args[1].view, args[4].view, &cache,
-                                               stream);
+        status =
+            raddle_attention_append_slots(args[0].view, args[1].view, args[4].view, &cache, stream);
     }
     return finish(status, args, NUM);
 }

@@ -117,14 +117,15 @@ const raddle_backend raddle_backend_cpu = {
 raddle_status raddle_backend_for(raddle_device device, const raddle_backend **out_backend) {
     char text[16];
     if (device.type == RADDLE_CPU) {
-        RADDLE_REQUIRE(device.index == 0, RADDLE_ERR_DEVICE, "device: there is one CPU, cpu:0; got %s",
-                       raddle_device_text(device, text));
+        RADDLE_REQUIRE(device.index == 0, RADDLE_ERR_DEVICE,
+                       "device: there is one CPU, cpu:0; got %s", raddle_device_text(device, text));
         *out_backend = &raddle_backend_cpu;
         return RADDLE_OK;
     }
     RADDLE_REQUIRE(device.type == RADDLE_CUDA, RADDLE_ERR_DEVICE,
                    "device: expected cpu or cuda, got DLPack device type %d", (int)device.type);
-    /* Any call of the table would open the driver; asking for its workers tells now whether it and the GPU are there. */
+    /* Any call of the table would open the driver; asking for its workers tells now whether it and
+     * the GPU are there. */
     int32_t workers = 0;
     RADDLE_TRY(raddle_backend_cuda.num_workers(device.index, &workers));
     *out_backend = &raddle_backend_cuda;

@@ -49,10 +49,11 @@ static raddle_status carve_workspace(raddle_plan *plan, raddle_workspace *worksp
     raddle_arena_carve(&arena, workspace->data, workspace->bytes, plan->device.type == RADDLE_CPU);
     plan->ops->layout(plan, &arena);
     if (!raddle_arena_fits(&arena)) {
-        return raddle_fail(RADDLE_ERR_CAPACITY,
-                           "workspace: %zu bytes needed, %zu given; make one of plan.workspace_size "
-                           "bytes, or bind none and the plan makes its own",
-                           raddle_plan_workspace_bytes(plan), workspace->bytes);
+        return raddle_fail(
+            RADDLE_ERR_CAPACITY,
+            "workspace: %zu bytes needed, %zu given; make one of plan.workspace_size "
+            "bytes, or bind none and the plan makes its own",
+            raddle_plan_workspace_bytes(plan), workspace->bytes);
     }
     return RADDLE_OK;
 }
@@ -64,10 +65,11 @@ raddle_status raddle_plan_bind_workspace(raddle_plan *plan, raddle_workspace *wo
                    raddle_device_text(plan->device, want),
                    raddle_device_text(workspace->device, got));
     const size_t needed = raddle_plan_workspace_bytes(plan);
-    RADDLE_REQUIRE(needed <= workspace->bytes, RADDLE_ERR_CAPACITY,
-                   "workspace: %zu bytes needed, %zu given; make one of plan.workspace_size bytes, or "
-                   "bind none and the plan makes its own",
-                   needed, workspace->bytes);
+    RADDLE_REQUIRE(
+        needed <= workspace->bytes, RADDLE_ERR_CAPACITY,
+        "workspace: %zu bytes needed, %zu given; make one of plan.workspace_size bytes, or "
+        "bind none and the plan makes its own",
+        needed, workspace->bytes);
     RADDLE_TRY(raddle_plan_enter(plan, RADDLE_PLAN_READY));
     raddle_status status = carve_workspace(plan, workspace);
     if (status == RADDLE_OK) {
@@ -111,7 +113,8 @@ raddle_status raddle_plan_ensure_workspace(raddle_plan *plan) {
         return RADDLE_OK;
     }
     raddle_workspace *workspace = NULL;
-    RADDLE_TRY(raddle_workspace_create(plan->device, raddle_plan_workspace_bytes(plan), &workspace));
+    RADDLE_TRY(
+        raddle_workspace_create(plan->device, raddle_plan_workspace_bytes(plan), &workspace));
     raddle_status status = carve_workspace(plan, workspace);
     if (status != RADDLE_OK) {
         raddle_workspace_destroy(workspace);

@@ -1,10 +1,11 @@
 /* plan.h - the part of a plan that every family shares: states, the busy flag, scratch, references.
  *
- * A family's plan begins with a raddle_plan. States: READY (kernels there, nothing planned) -> PLANNED (generation
- * counts updates) -> DEAD (a launch failed late; only destroy is left). NEW is only seen inside create. Every entry
- * point brackets its work with raddle_plan_enter / raddle_plan_leave: two threads in one plan is an error, not a race.
- * A graph retains the plans it captured; an update that no longer fits fails and marks the generation, so that the
- * graph can tell it is stale.
+ * A family's plan begins with a raddle_plan. States: READY (kernels there, nothing planned) ->
+ * PLANNED (generation counts updates) -> DEAD (a launch failed late; only destroy is left). NEW is
+ * only seen inside create. Every entry point brackets its work with raddle_plan_enter /
+ * raddle_plan_leave: two threads in one plan is an error, not a race. A graph retains the plans it
+ * captured; an update that no longer fits fails and marks the generation, so that the graph can
+ * tell it is stale.
  */
 #ifndef RADDLE_RUNTIME_PLAN_H
 #define RADDLE_RUNTIME_PLAN_H
@@ -37,19 +38,23 @@ struct raddle_plan {
     int refs; /* accessed atomically */
     int busy; /* accessed atomically */
     uint64_t generation;
-    uint64_t failed_capacity; /* updates refused for capacity since creation: a captured graph compares */
+    uint64_t failed_capacity;    /* updates refused for capacity since creation: a captured graph
+                                    compares */
     raddle_workspace *workspace; /* bound, or made at the first update when none was */
 };
 
 /* bytes: of the family's whole struct, zeroed. */
-raddle_status raddle_plan_alloc(size_t bytes, const raddle_plan_ops *ops, raddle_device device, raddle_plan **out_plan);
+raddle_status raddle_plan_alloc(size_t bytes, const raddle_plan_ops *ops, raddle_device device,
+                                raddle_plan **out_plan);
 raddle_plan *raddle_plan_retain(raddle_plan *plan);
 
-/* want: the least state that the call needs. Fails with RADDLE_ERR_STATE when another thread is inside, when the plan is
- * dead, or when nothing was planned yet. On success raddle_plan_leave must follow. */
+/* want: the least state that the call needs. Fails with RADDLE_ERR_STATE when another thread is
+ * inside, when the plan is dead, or when nothing was planned yet. On success raddle_plan_leave must
+ * follow. */
 raddle_status raddle_plan_enter(raddle_plan *plan, raddle_plan_state want);
 void raddle_plan_leave(raddle_plan *plan);
-/* Scratch is bound and carved: makes a workspace of the exact size when the user bound none. Not during capture. */
+/* Scratch is bound and carved: makes a workspace of the exact size when the user bound none. Not
+ * during capture. */
 raddle_status raddle_plan_ensure_workspace(raddle_plan *plan);
 /* A launch failed after the call that queued it had returned. */
 void raddle_plan_kill(raddle_plan *plan);

@@ -1,8 +1,10 @@
-/* staging.h - sends what update() computed to fixed device addresses without ever racing a copy in flight.
+/* staging.h - sends what update() computed to fixed device addresses without ever racing a copy in
+ * flight.
  *
- * A ring of pinned host slots, each guarded by an event: acquire waits (rarely) until the slot's last copy has been
- * passed by its stream, the schedule is written into it, commit issues one asynchronous copy to the same device
- * address every time, so that a captured graph keeps reading the right place.
+ * A ring of pinned host slots, each guarded by an event: acquire waits (rarely) until the slot's
+ * last copy has been passed by its stream, the schedule is written into it, commit issues one
+ * asynchronous copy to the same device address every time, so that a captured graph keeps reading
+ * the right place.
  */
 #ifndef RADDLE_RUNTIME_STAGING_H
 #define RADDLE_RUNTIME_STAGING_H
@@ -18,16 +20,19 @@ typedef struct raddle_staging {
     void *data; /* device block, fixed for life */
     void *slots[RADDLE_STAGING_SLOTS];
     raddle_event *events[RADDLE_STAGING_SLOTS];
-    raddle_event *ready; /* recorded behind the last commit: what run() on another stream waits for */
+    raddle_event
+        *ready; /* recorded behind the last commit: what run() on another stream waits for */
     raddle_stream stream; /* of the last commit */
     int next;
 } raddle_staging;
 
 raddle_status raddle_staging_init(raddle_staging *staging, raddle_device device, size_t bytes);
 void raddle_staging_fini(raddle_staging *staging);
-/* A slot of staging->bytes to write; nothing is sent until commit. Acquiring again without commit gives it again. */
+/* A slot of staging->bytes to write; nothing is sent until commit. Acquiring again without commit
+ * gives it again. */
 raddle_status raddle_staging_acquire(raddle_staging *staging, void **out_slot);
-/* Copies the ranges of the acquired slot that were written to the same places behind staging->data, on stream. */
+/* Copies the ranges of the acquired slot that were written to the same places behind staging->data,
+ * on stream. */
 typedef struct raddle_range {
     size_t offset, bytes;
 } raddle_range;

@@ -1,4 +1,5 @@
-/* workspace.c - scratch memory: owned, or lent by the caller with a word to say when it is free again. */
+/* workspace.c - scratch memory: owned, or lent by the caller with a word to say when it is free
+ * again. */
 #include "runtime/workspace.h"
 
 #include "base/alloc.h"

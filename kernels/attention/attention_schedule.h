@@ -1,13 +1,15 @@
-/* attention_schedule.h - the schedule that the planner writes and every attention kernel reads. C11 and NVRTC.
+/* attention_schedule.h - the schedule that the planner writes and every attention kernel reads. C11
+ * and NVRTC.
  *
- * Rows. The query heads that share a K/V head are packed: row r of a request and K/V head is query token r / group_size,
- * head r % group_size of the group. A tile is up to tile_rows such rows for heads_per_item neighbouring K/V heads.
- * Items. (request, head group, row tile), with the K/V range that causality and the window leave visible. Items are laid
- * end to end and cut into contiguous ranges, one per worker (a CTA, or a CPU thread).
- * Segments. What one worker does of one item: K/V tokens [kv_begin, kv_end). An item that one worker does whole writes
- * the output itself (slot < 0); a cut item leaves one float32 partial per segment, in K/V order, and its merge adds
- * them up in that order whoever finishes last: results do not depend on timing.
- * The counts lie in memory with the rest, so that a launch captured for the maxima reads how much there is.
+ * Rows. The query heads that share a K/V head are packed: row r of a request and K/V head is query
+ * token r / group_size, head r % group_size of the group. A tile is up to tile_rows such rows for
+ * heads_per_item neighbouring K/V heads. Items. (request, head group, row tile), with the K/V range
+ * that causality and the window leave visible. Items are laid end to end and cut into contiguous
+ * ranges, one per worker (a CTA, or a CPU thread). Segments. What one worker does of one item: K/V
+ * tokens [kv_begin, kv_end). An item that one worker does whole writes the output itself (slot <
+ * 0); a cut item leaves one float32 partial per segment, in K/V order, and its merge adds them up
+ * in that order whoever finishes last: results do not depend on timing. The counts lie in memory
+ * with the rest, so that a launch captured for the maxima reads how much there is.
  */
 #ifndef RADDLE_ATTENTION_SCHEDULE_H
 #define RADDLE_ATTENTION_SCHEDULE_H
@@ -36,11 +38,11 @@ RADDLE_ASSERT_SIZE(raddle_attention_request, 16);
 
 typedef struct raddle_attention_segment {
     int32_t request;
-    int32_t head;                /* first K/V head of the item; heads_per_item of them, fewer at the end */
-    int32_t row_begin, row_end;  /* packed rows of the tile */
-    int32_t kv_begin, kv_end;    /* tokens; equal when the item sees nothing: output 0, lse -inf */
-    int32_t slot;                /* partial of this segment, or -1: write the output */
-    int32_t merge;               /* of a cut item, or -1 */
+    int32_t head; /* first K/V head of the item; heads_per_item of them, fewer at the end */
+    int32_t row_begin, row_end; /* packed rows of the tile */
+    int32_t kv_begin, kv_end;   /* tokens; equal when the item sees nothing: output 0, lse -inf */
+    int32_t slot;               /* partial of this segment, or -1: write the output */
+    int32_t merge;              /* of a cut item, or -1 */
 } raddle_attention_segment;
 RADDLE_ASSERT_SIZE(raddle_attention_segment, 32);
 

@@ -1,4 +1,5 @@
-/* abi.h - what a header needs that is C11 on the host and CUDA C++ under NVRTC: fixed-width types and size asserts. */
+/* abi.h - what a header needs that is C11 on the host and CUDA C++ under NVRTC: fixed-width types
+ * and size asserts. */
 #ifndef RADDLE_COMMON_ABI_H
 #define RADDLE_COMMON_ABI_H
 
@@ -11,10 +12,12 @@ typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
-#define RADDLE_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), "host and device disagree on " #type)
+#define RADDLE_ASSERT_SIZE(type, bytes)                                                            \
+    static_assert(sizeof(type) == (bytes), "host and device disagree on " #type)
 #else
 #include <stdint.h>
-#define RADDLE_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), "host and device disagree on " #type)
+#define RADDLE_ASSERT_SIZE(type, bytes)                                                            \
+    _Static_assert(sizeof(type) == (bytes), "host and device disagree on " #type)
 #endif
 
 #endif
