@@ -1,0 +1,99 @@
+/* ops.h - what a transformer needs around its attention: norms, rotary embedding, activations,
+ * embedding, linear layers, softmax and sampling.
+ *
+ * The functions here check their arguments once for both back ends (ops_elementwise.c, ops_rope.c,
+ * ops_linear.c, ops_sample.c), fill a params struct and hand it to a raddle_ops_backend: ops_cpu*.c
+ * or ops_cuda*.c. They hold no state; only a linear layer has a life of its own.
+ *
+ * dtypes: float32, float16, bfloat16; arithmetic is float32. Tensors of one call are on one device.
+ */
+#ifndef RADDLE_OPS_OPS_H
+#define RADDLE_OPS_OPS_H
+
+#include "base/tensor.h"
+#include "kernels/ops/ops_params.h"
+#include "kernels/ops/ops_sample_params.h"
+
+/* ---------------------------------------------------------------- elementwise */
+
+/* out = x * rsqrt(mean(x^2) + eps) * weight. x and out [.., d], any leading dimensions that strides
+ * join to at most two levels; out may be x. weight [d], of x's dtype or float32. */
+raddle_status raddle_ops_rmsnorm(const raddle_tensor *x, const raddle_tensor *weight, float eps,
+                                 const raddle_tensor *out, raddle_stream stream);
+/* residual += x (rounded to its dtype), then x = rmsnorm(residual). */
+raddle_status raddle_ops_fused_add_rmsnorm(const raddle_tensor *x, const raddle_tensor *residual,
+                                           const raddle_tensor *weight, float eps,
+                                           raddle_stream stream);
+/* x [.., 2d] -> out [.., d] = activation(x[.., :d]) * x[.., d:]; activation: RADDLE_OPS_SILU, .. */
+raddle_status raddle_ops_act_and_mul(int32_t activation, const raddle_tensor *x,
+                                     const raddle_tensor *out, raddle_stream stream);
+/* ids [n] -> out [n, d] = table[ids]. On the CPU an id outside the table is an error; on CUDA its
+ * row becomes zero. */
+raddle_status raddle_ops_embedding(const raddle_tensor *ids, const raddle_tensor *table,
+                                   const raddle_tensor *out, raddle_stream stream);
+
+/* ---------------------------------------------------------------- rotary embedding */
+
+/* Row p of out, float32 [max_position, 2 * half] on the host: cos(p * inv_freq[i]) * factor, then the
+ * sines. Computed in float64. */
+raddle_status raddle_ops_fill_cos_sin(const double *inv_freq, int32_t half, double factor,
+                                      const raddle_tensor *out);
+/* In place. q [n, num_qo_heads, head_dim], k [n, num_kv_heads, head_dim] or NULL; positions [n].
+ * On the CPU a position outside the cache is an error; on CUDA its row is left as it is. */
+raddle_status raddle_ops_apply_rope(const raddle_tensor *q, const raddle_tensor *k,
+                                    const raddle_tensor *positions, const raddle_tensor *cos_sin,
+                                    bool interleave, raddle_stream stream);
+
+/* ---------------------------------------------------------------- linear */
+
+/* A weight in the form that its device multiplies best, and its bias. Immutable after creation:
+ * any number of threads may run it at once. */
+typedef struct raddle_ops_linear raddle_ops_linear;
+
+/* weight [out_features, in_features], bias [out_features] or NULL, of weight's dtype or float32; on the
+ * host or on device. On the CPU any strides; both are copied and not needed afterwards. On CUDA host
+ * memory is copied, but memory of that device is used where it lies: the caller keeps it alive. */
+raddle_status raddle_ops_linear_create(const raddle_tensor *weight, const raddle_tensor *bias,
+                                       raddle_device device, raddle_stream stream,
+                                       raddle_ops_linear **out_linear);
+void raddle_ops_linear_destroy(raddle_ops_linear *linear);
+/* x [.., in_features] -> out [.., out_features], out of x's dtype or float32. */
+raddle_status raddle_ops_linear_run(const raddle_ops_linear *linear, const raddle_tensor *x,
+                                    const raddle_tensor *out, raddle_stream stream);
+
+/* ---------------------------------------------------------------- sampling */
+
+/* logits [n, vocab] -> out float32 [n, vocab] = softmax(logits / temperature). */
+raddle_status raddle_ops_softmax(const raddle_tensor *logits, float temperature,
+                                 const raddle_tensor *out, raddle_stream stream);
+
+/* Settings: rows[0] for all rows, or one each (num_rows is 1 or n). A tensor that is not NULL, [n] on
+ * the logits' device, replaces its field; on the CPU it is read and checked, on CUDA it is read by the
+ * kernel: temperature, top_p, min_p float32, top_k int32, seed and offset int64. */
+typedef struct raddle_ops_sample_args {
+    const raddle_tensor *logits; /* [n, vocab] */
+    const raddle_tensor *out;    /* int32 [n] */
+    const raddle_ops_sample_row *rows;
+    int64_t num_rows;
+    const raddle_tensor *temperature, *top_k, *top_p, *min_p, *seed, *offset;
+} raddle_ops_sample_args;
+
+/* Temperature, min_p, top_k, then top_p of what is left; then inverse transform sampling over the
+ * vocabulary in order. A row's result is a function of its logits and settings alone, the same on
+ * every back end. NaN in a row, or no logit above -inf: an error on the CPU, -1 on CUDA. */
+raddle_status raddle_ops_sample(const raddle_ops_sample_args *args, raddle_stream stream);
+
+/* logits [n, vocab], ids [n] -> logprobs float32 [n]; top_ids int32 and top_logprobs float32
+ * [n, top], both NULL when no alternatives are wanted. */
+raddle_status raddle_ops_token_logprobs(const raddle_tensor *logits, const raddle_tensor *ids,
+                                        const raddle_tensor *logprobs, const raddle_tensor *top_ids,
+                                        const raddle_tensor *top_logprobs, raddle_stream stream);
+
+/* ---------------------------------------------------------------- kernel configs */
+
+/* The configs that warmup and the compile tests build, in order: kernel name and its config text. */
+int raddle_ops_num_kernel_configs(void);
+raddle_status raddle_ops_kernel_config(int index, const char **out_name, char *out_config,
+                                       size_t config_bytes);
+
+#endif

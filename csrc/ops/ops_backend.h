@@ -1,0 +1,97 @@
+/* ops_backend.h - the table that a back end of the ops family fills, and what its files share.
+ *
+ * Everything that reaches a back end was checked. Both tables are complete.
+ */
+#ifndef RADDLE_OPS_OPS_BACKEND_H
+#define RADDLE_OPS_OPS_BACKEND_H
+
+#include "ops/ops.h"
+
+/* rows of one run: x [rows, in_features] -> out [rows, out_features]. */
+typedef struct raddle_ops_linear_args {
+    const void *x;
+    void *out;
+    int64_t x_stride_row, out_stride_row;
+    int64_t rows;
+    raddle_dtype x_dtype, out_dtype;
+} raddle_ops_linear_args;
+
+struct raddle_ops_linear {
+    const struct raddle_ops_backend *backend;
+    raddle_device device;
+    int64_t in_features, out_features;
+    raddle_dtype dtype; /* of the weight as given */
+    bool has_bias;
+    void *weight; /* CPU: a raddle_gemm_weight; CUDA: row-major device memory */
+    void *bias;   /* CPU: float32; CUDA: of dtype */
+    int64_t weight_stride_row;      /* CUDA */
+    bool weight_owned, bias_owned; /* CUDA: else they are the caller's, who keeps them alive */
+};
+
+/* Settings of every row of one sample call. */
+typedef struct raddle_ops_sample_job {
+    const void *logits;
+    int32_t *out;
+    int64_t logits_stride_row, out_stride;
+    int64_t rows, vocab;
+    raddle_dtype dtype;
+    const raddle_ops_sample_row *settings;
+    int64_t settings_step; /* 0: settings[0] for all */
+    /* On the device, or NULL. */
+    const float *temperature, *top_p, *min_p;
+    const int32_t *top_k;
+    const int64_t *seed, *offset;
+} raddle_ops_sample_job;
+
+typedef struct raddle_ops_backend {
+    const char *name;
+    raddle_status (*rmsnorm)(int32_t device, const raddle_ops_rmsnorm_params *params,
+                             raddle_stream stream);
+    raddle_status (*act_and_mul)(int32_t device, const raddle_ops_act_params *params,
+                                 raddle_stream stream);
+    raddle_status (*embedding)(int32_t device, const raddle_ops_embedding_params *params,
+                               raddle_stream stream);
+    raddle_status (*rope)(int32_t device, const raddle_ops_rope_params *params,
+                          raddle_stream stream);
+    raddle_status (*softmax)(int32_t device, const raddle_ops_softmax_params *params,
+                             raddle_stream stream);
+    raddle_status (*sample)(int32_t device, const raddle_ops_sample_job *job, raddle_stream stream);
+    raddle_status (*logprobs)(int32_t device, const raddle_ops_logprobs_params *params,
+                              raddle_stream stream);
+    /* Fills linear->weight and linear->bias; the tensors are on the host or on linear->device. What it
+     * made before it failed is left to linear_release. */
+    raddle_status (*linear_pack)(raddle_ops_linear *linear, const raddle_tensor *weight,
+                                 const raddle_tensor *bias, raddle_stream stream);
+    raddle_status (*linear_run)(const raddle_ops_linear *linear, const raddle_ops_linear_args *args,
+                                raddle_stream stream);
+    void (*linear_release)(raddle_ops_linear *linear);
+} raddle_ops_backend;
+
+extern const raddle_ops_backend raddle_ops_backend_cpu;
+extern const raddle_ops_backend raddle_ops_backend_cuda;
+
+const raddle_ops_backend *raddle_ops_backend_for(raddle_device device);
+
+/* ---------------------------------------------------------------- checks, ops_check.c */
+
+/* The leading dimensions of up to three tensors of equal leading extents, joined to two levels. */
+typedef struct raddle_ops_rows {
+    int64_t rows, heads;
+    int64_t stride_row[3], stride_head[3];
+} raddle_ops_rows;
+
+raddle_status raddle_ops_join_rows(const raddle_tensor *const *tensors, int num_tensors,
+                                   raddle_ops_rows *out_rows);
+/* float32, float16 or bfloat16. */
+raddle_status raddle_ops_check_float(const raddle_tensor *tensor);
+/* An input on like's device (NULL: its own), innermost stride 1. */
+raddle_status raddle_ops_check_input(const raddle_tensor *tensor, const raddle_tensor *like);
+/* The same for what is written: also writable and without overlap. */
+raddle_status raddle_ops_check_output(const raddle_tensor *tensor, const raddle_tensor *like);
+/* [n] int32 or int64 on like's device. */
+raddle_status raddle_ops_check_indices(const raddle_tensor *tensor, const raddle_tensor *like,
+                                       int64_t n);
+/* Extents that a kernel holds in 32 bits. */
+raddle_status raddle_ops_check_extent(const raddle_tensor *tensor, const char *what, int64_t extent);
+
+#endif

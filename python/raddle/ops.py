@@ -1,0 +1,320 @@
+"""What a transformer needs around its attention: norms, rotary embedding, activations, embedding,
+linear layers, softmax and sampling.
+
+Tensors are anything with a DLPack door (torch, NumPy, raddle.Tensor, ...): float32, float16 or
+bfloat16 where nothing else is said, the tensors of one call on one device, innermost stride 1, rows
+with any stride. Arithmetic is float32 and results are rounded once. A result comes back in `out`,
+else in a new tensor of the first tensor's kind. NumPy has no bfloat16: pass uint16 arrays with
+`dtype="bfloat16"`; results are then uint16 too.
+
+On CUDA, work is queued on `stream`, else on the stream that the tensors' framework says is current,
+else on the legacy default stream; calls with `out` may be captured in a CUDA graph after one call
+outside has compiled the kernel. On the CPU a call returns when the result is there.
+
+Errors: ShapeError, DTypeError, DeviceError, ArgumentError for values, UnsupportedError.
+"""
+
+import math
+
+from . import _core
+
+__all__ = [
+    "Linear",
+    "apply_rope",
+    "embedding",
+    "fused_add_rmsnorm",
+    "gelu_and_mul",
+    "gelu_tanh_and_mul",
+    "rmsnorm",
+    "rope_cos_sin_cache",
+    "sample",
+    "silu_and_mul",
+    "softmax",
+    "token_logprobs",
+]
+
+_SILU, _GELU, _GELU_TANH = range(3)
+
+
+def rmsnorm(x, weight, eps=1e-6, *, out=None, dtype=None, stream=None):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    x [.., d], for example [n, d], or [n, heads, head_dim] for a norm of every head; leading
+    dimensions may be strided. weight [d], of x's dtype or float32. out: like x, may be x itself.
+    """
+    return _core.ops_rmsnorm(x, weight, eps, out, dtype, stream)
+
+
+def fused_add_rmsnorm(x, residual, weight, eps=1e-6, *, dtype=None, stream=None):
+    """residual += x, then x = rmsnorm(residual, weight, eps); both in place.
+
+    x and residual [.., d] of one dtype, in different memory. The norm is of the sum as it was
+    rounded into residual: the same as the two steps one after the other.
+    """
+    return _core.ops_fused_add_rmsnorm(x, residual, weight, eps, dtype, stream)
+
+
+def silu_and_mul(x, *, out=None, dtype=None, stream=None):
+    """silu(x[.., :d]) * x[.., d:] with silu(g) = g / (1 + exp(-g)); x [.., 2d] -> [.., d]."""
+    return _core.ops_act_and_mul(_SILU, x, out, dtype, stream)
+
+
+def gelu_and_mul(x, *, out=None, dtype=None, stream=None):
+    """gelu(x[.., :d]) * x[.., d:] with gelu(g) = g * (1 + erf(g / sqrt(2))) / 2."""
+    return _core.ops_act_and_mul(_GELU, x, out, dtype, stream)
+
+
+def gelu_tanh_and_mul(x, *, out=None, dtype=None, stream=None):
+    """gelu(x[.., :d]) * x[.., d:], gelu by tanh(sqrt(2 / pi) * (g + 0.044715 g^3))."""
+    return _core.ops_act_and_mul(_GELU_TANH, x, out, dtype, stream)
+
+
+def embedding(ids, table, *, out=None, dtype=None, stream=None):
+    """Rows of a table: ids [n] int32 or int64, table [vocab, d] -> [n, d] of table's dtype.
+
+    An id outside [0, vocab) is an ArgumentError on the CPU; on CUDA, where only the kernel sees it,
+    its row becomes zero. Nothing outside the table is read.
+    """
+    return _core.ops_embedding(ids, table, out, dtype, stream)
+
+
+# ------------------------------------------------------------------ rotary embedding
+
+
+def rope_cos_sin_cache(
+    max_position,
+    rotary_dim,
+    *,
+    theta=10000.0,
+    scaling=None,
+    device="cpu",
+    max_position_embeddings=None,
+):
+    """The table that apply_rope reads: float32 raddle.Tensor [max_position, rotary_dim].
+
+    Row p holds cos(p * f_i) for i < rotary_dim / 2, then the sines, with f_i = theta^(-2i /
+    rotary_dim) (RoPE, arXiv 2104.09864), computed in float64. scaling: a Hugging Face rope_scaling
+    or rope_parameters dict; its rope_type (or type) is "default", "linear", "llama3" or "yarn"
+    (arXiv 2309.00071, which also scales cos and sin by its attention factor). max_position_embeddings
+    stands in for an original_max_position_embeddings or yarn factor that the dict lacks. A
+    rope_theta in the dict wins over theta. Other types are an UnsupportedError.
+    """
+    from .errors import ArgumentError
+
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ArgumentError(f"rotary_dim: expected an even number of at least 2, got {rotary_dim}")
+    if max_position < 0:
+        raise ArgumentError(f"max_position: expected at least 0, got {max_position}")
+    scaling = dict(scaling or {})
+    theta = float(scaling.get("rope_theta") or theta)
+    if not (theta > 0 and math.isfinite(theta)):
+        raise ArgumentError(f"theta: expected a finite number above 0, got {theta}")
+    inv_freq = [theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)]
+    inv_freq, factor = _scale_frequencies(
+        inv_freq, rotary_dim, theta, scaling, max_position_embeddings
+    )
+    return _core.ops_cos_sin(inv_freq, factor, max_position, device)
+
+
+def _scale_frequencies(inv_freq, rotary_dim, theta, scaling, max_position_embeddings):
+    """(frequencies, factor of cos and sin) after a Hugging Face scaling dict."""
+    from .errors import UnsupportedError
+
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return inv_freq, 1.0
+    if kind == "linear":
+        factor = _scaling_number(scaling, "factor")
+        return [f / factor for f in inv_freq], 1.0
+    if kind == "llama3":
+        return _llama3_frequencies(inv_freq, scaling, max_position_embeddings), 1.0
+    if kind == "yarn":
+        return _yarn_frequencies(inv_freq, rotary_dim, theta, scaling, max_position_embeddings)
+    raise UnsupportedError(
+        f'scaling: rope_type "{kind}" is not supported; known: default, linear, llama3, yarn'
+    )
+
+
+def _scaling_number(scaling, key, default=None):
+    """A positive number of the dict."""
+    from .errors import ArgumentError
+
+    value = scaling.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ArgumentError(f'scaling: "{key}" is missing')
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ArgumentError(f'scaling: "{key}": expected a number above 0, got {value!r}')
+    return float(value)
+
+
+def _llama3_frequencies(inv_freq, scaling, max_position_embeddings):
+    """Long wavelengths are stretched by factor, short ones kept, those between blended."""
+    from .errors import ArgumentError
+
+    factor = _scaling_number(scaling, "factor")
+    low = _scaling_number(scaling, "low_freq_factor")
+    high = _scaling_number(scaling, "high_freq_factor")
+    original = _scaling_number(scaling, "original_max_position_embeddings", max_position_embeddings)
+    if high <= low:
+        raise ArgumentError(
+            f'scaling: "high_freq_factor" {high} must be above "low_freq_factor" {low}'
+        )
+
+    def scale(f):
+        turns = original * f / (2 * math.pi)  # of this frequency in the original context
+        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return f * (keep + (1 - keep) / factor)
+
+    return [scale(f) for f in inv_freq]
+
+
+def _yarn_frequencies(inv_freq, rotary_dim, theta, scaling, max_position_embeddings):
+    """NTK by parts: pairs that turn often are kept, those that turn seldom are interpolated."""
+    original = _scaling_number(scaling, "original_max_position_embeddings", max_position_embeddings)
+    default = max_position_embeddings / original if max_position_embeddings else None
+    factor = _scaling_number(scaling, "factor", default)
+
+    def pair_that_turns(times):
+        """Index of the pair that turns so many times within the original context."""
+        wavelength = original / (times * 2 * math.pi)
+        return rotary_dim * math.log(wavelength) / (2 * math.log(theta))
+
+    low = pair_that_turns(_scaling_number(scaling, "beta_fast", 32))
+    high = pair_that_turns(_scaling_number(scaling, "beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    width = (high - low) or 0.001
+
+    def scale(i, f):
+        interpolated = min(max((i - low) / width, 0.0), 1.0)
+        return f * (1 - interpolated + interpolated / factor)
+
+    def magnitude(scale):
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention_factor = magnitude(1)
+        if mscale and mscale_all:
+            attention_factor = magnitude(mscale) / magnitude(mscale_all)
+    return [scale(i, f) for i, f in enumerate(inv_freq)], float(attention_factor)
+
+
+def apply_rope(q, k, positions, cos_sin_cache, *, interleave=False, dtype=None, stream=None):
+    """Rotates q and k in place.
+
+    q [n, num_qo_heads, head_dim], k [n, num_kv_heads, head_dim] or None: strided views of a fused
+    row are fine. positions [n] int32 or int64. cos_sin_cache as rope_cos_sin_cache makes it; the
+    first rotary_dim (its width) of every head is rotated: element i with i + rotary_dim / 2 (as Llama
+    in transformers), or neighbours 2i with 2i + 1 if interleave (GPT-J). A position outside the cache
+    is an ArgumentError on the CPU; on CUDA its row is left as it is.
+    """
+    return _core.ops_apply_rope(q, k, positions, cos_sin_cache, interleave, dtype, stream)
+
+
+# ------------------------------------------------------------------ linear
+
+
+class Linear:
+    """A linear layer: x [.., in_features] -> x @ weight.T + bias, [.., out_features].
+
+    weight [out_features, in_features], bias [out_features] (of weight's dtype or float32) or None;
+    device: where the layer runs, default weight's. Host tensors are copied, on the CPU into the packed
+    form that its kernels read, and may be freed afterwards; tensors that already are on the CUDA
+    device are used where they lie (contiguous) and kept alive. Safe to call from several threads.
+
+    On the CPU a row's result does not depend on the rows that come with it.
+    """
+
+    def __init__(self, weight, bias=None, *, device=None, dtype=None, stream=None):
+        self._linear = _core.Linear(weight, bias, device, dtype, stream)
+
+    def __call__(self, x, *, out=None, stream=None):
+        """x of the weight's dtype; the result has x's dtype, or that of out, which may be float32."""
+        return self._linear.run(x, out, stream)
+
+    @property
+    def in_features(self):
+        return self._linear.in_features
+
+    @property
+    def out_features(self):
+        return self._linear.out_features
+
+    @property
+    def dtype(self):
+        """Name of the weight's dtype."""
+        return self._linear.dtype
+
+    @property
+    def device(self):
+        """Where the layer runs, like "cuda:0"."""
+        return self._linear.device
+
+    def __repr__(self):
+        return (
+            f"Linear(in_features={self.in_features}, out_features={self.out_features}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def softmax(logits, *, temperature=1.0, out=None, dtype=None, stream=None):
+    """softmax(logits / temperature) over [n, vocab], as float32. temperature > 0.
+
+    A row with NaN, or without a logit above -inf, is an ArgumentError on the CPU and NaN on CUDA.
+    """
+    return _core.ops_softmax(logits, temperature, out, dtype, stream)
+
+
+def sample(
+    logits,
+    *,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    seed=0,
+    offset=0,
+    out=None,
+    dtype=None,
+    stream=None,
+):
+    """Draws one token per row of logits [n, vocab]: int32 [n].
+
+    Each setting is a number, or a sequence or tensor of n. In this order: temperature (0 takes the
+    first maximum and ignores the rest); min_p keeps tokens at least min_p times as likely as the
+    likeliest; top_k (0 or -1: all) keeps the k largest logits; top_p keeps the smallest set of the most
+    likely of those left that holds top_p of their probability. Tokens whose logit equals the least one
+    kept are all kept. What is left is renormalised and drawn from by one uniform number of a
+    counter-based generator (Philox4x32-10, key seed, counter offset), by its cumulative sum in
+    vocabulary order.
+
+    So the token is a function of the row's logits, its settings, seed and offset: not of the batch,
+    the position in it or the number of threads, and it is the same on the CPU and on CUDA given the
+    same logits, for probabilities are integers (units of 2^-40 of the largest). Rows with one seed and
+    offset share their random number: give each row, and each step, its own.
+
+    A row with NaN, or without a logit above -inf, is an ArgumentError on the CPU and gives -1 on CUDA.
+    Settings that are tensors on a CUDA device are read by the kernel as they are (float32, top_k int32,
+    seed and offset int64), so that a captured graph sees new values; a value out of range acts like the
+    nearest one in range.
+    """
+    return _core.ops_sample(
+        logits, temperature, top_k, top_p, min_p, seed, offset, out, dtype, stream
+    )
+
+
+def token_logprobs(logits, ids, *, top=0, dtype=None, stream=None):
+    """(logprobs float32 [n], top_ids int32 [n, top], top_logprobs float32 [n, top]), natural logarithm.
+
+    logits [n, vocab], ids [n] int32 or int64. The top alternatives come largest first, ties by lower
+    id. An id out of range, NaN in a row or a row without a logit above -inf is an ArgumentError on the
+    CPU and NaN on CUDA. On CUDA top is at most 128.
+    """
+    return _core.ops_token_logprobs(logits, ids, top, dtype, stream)
