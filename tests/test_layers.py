@@ -49,7 +49,7 @@ def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
-C_FILES = find("csrc/**/*.[ch]")
+C_FILES = find("csrc/**/*.[ch]", "csrc/**/*.inc")
 KERNEL_FILES = find("kernels/**/*.cu", "kernels/**/*.cuh", "kernels/**/*.h")
 PYTHON_FILES = find("*.py", "python/**/*.py", "tests/**/*.py", "benchmarks/**/*.py")
 
