@@ -1,4 +1,5 @@
-/* device.h - one record per GPU: its primary context (shared with torch and the runtime API) and its limits. */
+/* device.h - one record per GPU: its primary context (shared with torch and the runtime API) and
+ * its limits. */
 #ifndef RADDLE_CUDA_DEVICE_H
 #define RADDLE_CUDA_DEVICE_H
 
@@ -19,7 +20,8 @@ typedef struct raddle_cuda_device {
 
 raddle_status raddle_cuda_device_count(int *out_count);
 raddle_status raddle_cuda_device_get(int index, const raddle_cuda_device **out_device);
-/* Makes the device's context current on this thread until the matching pop; *out_pushed says whether it had to. */
+/* Makes the device's context current on this thread until the matching pop; *out_pushed says
+ * whether it had to. */
 raddle_status raddle_cuda_push(const raddle_cuda_device *device, bool *out_pushed);
 void raddle_cuda_pop(const raddle_cuda_device *device, bool pushed);
 

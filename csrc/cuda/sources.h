@@ -1,4 +1,5 @@
-/* sources.h - the text of kernels/, embedded by setup.py, so that no path can be wrong after installation. */
+/* sources.h - the text of kernels/, embedded by setup.py, so that no path can be wrong after
+ * installation. */
 #ifndef RADDLE_CUDA_SOURCES_H
 #define RADDLE_CUDA_SOURCES_H
 
