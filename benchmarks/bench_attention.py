@@ -1,16 +1,16 @@
-"""Decode and prefill against torch's scaled_dot_product_attention, on the CPU and on a GPU (cuDNN, flash back ends).
+"""Decode and prefill against torch's scaled_dot_product_attention, on the CPU and on a GPU (cuDNN,
+flash back ends).
 
-The peer reads contiguous K and V, which flatters it: raddle's cache is paged and shuffled. Needs: torch.
-"""
+The peer reads contiguous K and V, which flatters it: raddle's cache is paged and shuffled. Needs:
+torch."""
 
 import contextlib
 
 import common
 import numpy as np
+import raddle
 import torch
 import torch.nn.functional as F
-
-import raddle
 from raddle import _core
 from raddle.attention import BatchDecode, BatchPrefill
 
@@ -29,7 +29,12 @@ DECODE = [  # batch, kv_len, num_qo_heads, num_kv_heads, head_dim
     (32, 4096, 64, 8, 128),
     (32, 4096, 32, 8, 64),
 ]
-PREFILL = [(1, 2048, 32, 8, 128), (4, 4096, 32, 8, 128), (16, 1024, 32, 8, 128), (1, 16384, 32, 8, 128)]
+PREFILL = [
+    (1, 2048, 32, 8, 128),
+    (4, 4096, 32, 8, 128),
+    (16, 1024, 32, 8, 128),
+    (1, 16384, 32, 8, 128),
+]
 CPU_DECODE, CPU_PREFILL = DECODE[:4], PREFILL[:1]
 
 
@@ -82,8 +87,14 @@ def bench_decode(report, args, dtype, batch, kv_len, heads, kv_heads, dim):
     indptr, indices, last = paged_table(batch, kv_len)
     name = str(dtype).removeprefix("torch.")
     plan = BatchDecode(
-        num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, page_size=PAGE, dtype=name,
-        max_batch=batch, max_pages=len(indices), device=device,
+        num_qo_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        page_size=PAGE,
+        dtype=name,
+        max_batch=batch,
+        max_pages=len(indices),
+        device=device,
     )
     plan.plan(indptr, indices, last)
     q = random((batch, heads, dim), device, dtype)
@@ -91,13 +102,15 @@ def bench_decode(report, args, dtype, batch, kv_len, heads, kv_heads, dim):
     caches = [random((len(indices), 2, PAGE, kv_heads, dim), device, dtype) for _ in range(copies)]
     ours = [lambda c=c: plan.run(q, c, out=out) for c in caches]
     keys = [
-        [random((batch, kv_heads, kv_len, dim), device, dtype) for _ in range(2)] for _ in range(copies)
+        [random((batch, kv_heads, kv_len, dim), device, dtype) for _ in range(2)]
+        for _ in range(copies)
     ]
     query = q[:, :, None, :].contiguous()
 
     def make_peer():
         return [
-            lambda k=k, v=v: F.scaled_dot_product_attention(query, k, v, enable_gqa=True) for k, v in keys
+            lambda k=k, v=v: F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
+            for k, v in keys
         ]
 
     ceiling = report.ceilings["read GB/s"]
@@ -113,8 +126,16 @@ def bench_prefill(report, args, dtype, batch, length, heads, kv_heads, dim):
     name = str(dtype).removeprefix("torch.")
     tokens = batch * length
     plan = BatchPrefill(
-        num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, page_size=PAGE, dtype=name, causal=True,
-        max_batch=batch, max_pages=len(indices), max_qo_tokens=tokens, device=device,
+        num_qo_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        page_size=PAGE,
+        dtype=name,
+        causal=True,
+        max_batch=batch,
+        max_pages=len(indices),
+        max_qo_tokens=tokens,
+        device=device,
     )
     plan.plan((np.arange(batch + 1) * length).astype(np.int32), indptr, indices, last)
     q = random((tokens, heads, dim), device, dtype)
@@ -124,13 +145,21 @@ def bench_prefill(report, args, dtype, batch, length, heads, kv_heads, dim):
     query = q.view(batch, length, heads, dim).transpose(1, 2).contiguous()
 
     def make_peer():
-        return [lambda: F.scaled_dot_product_attention(query, k, v, is_causal=True, enable_gqa=True)]
+        return [
+            lambda: F.scaled_dot_product_attention(query, k, v, is_causal=True, enable_gqa=True)
+        ]
 
     flops = 4 * batch * heads * dim * length * length / 2
     case = f"prefill {name} B{batch} x {length} {heads}/{kv_heads} d{dim} causal"
     ceiling = report.ceilings[f"{name} matmul TFLOP/s"]
     compare(
-        report, args, case, [lambda: plan.run(q, cache, out=out)], make_peer, flops=flops, ceiling=ceiling
+        report,
+        args,
+        case,
+        [lambda: plan.run(q, cache, out=out)],
+        make_peer,
+        flops=flops,
+        ceiling=ceiling,
     )
 
 

@@ -1,9 +1,9 @@
 """What every bench_*.py shares: arguments, interleaved medians, ceilings, the table and the JSON.
 
-A row compares raddle with a peer measured in the same process, calls interleaved, since cards and hosts throttle. Data
-rotates over copies larger than the last-level cache, so that nothing is found there by accident. Bytes and flops are
-counted by hand in each bench. GPU times are those of a CUDA graph of several calls divided by their number (`hot`).
-"""
+A row compares raddle with a peer measured in the same process, calls interleaved, since cards and
+hosts throttle. Data rotates over copies larger than the last-level cache, so that nothing is found
+there by accident. Bytes and flops are counted by hand in each bench. GPU times are those of a CUDA
+graph of several calls divided by their number (`hot`)."""
 
 import argparse
 import json
@@ -29,7 +29,10 @@ def parse_args(description, argv=None):
 
 
 def time_cpu(functions, repeat):
-    """Median microseconds of each function, calls interleaved. functions: one list of rotated closures per side."""
+    """Median microseconds of each function, calls interleaved.
+
+    functions: one list of rotated closures per side.
+    """
     times = [[] for _ in functions]
     for side in functions:
         side[0]()
@@ -43,7 +46,8 @@ def time_cpu(functions, repeat):
 
 
 def time_cuda(functions, repeat, calls=10):
-    """As time_cpu on a GPU: each side is captured in a CUDA graph of at least `calls` calls over its closures."""
+    """As time_cpu on a GPU: each side is captured in a CUDA graph of at least `calls` calls over
+    its closures."""
     import torch
 
     graphs = []
@@ -82,9 +86,9 @@ def copies_to_rotate(device, num_bytes):
 
 
 def measure_read(device, num_bytes, repeat):
-    """GB/s of reading num_bytes once, rotated like the benches' data: the ceiling of memory-bound rows."""
+    """GB/s of reading num_bytes once, rotated like the benches' data: the ceiling of memory-bound
+    rows."""
     import torch
-
     from raddle import _core
 
     if device == "cpu":
@@ -99,7 +103,8 @@ def measure_read(device, num_bytes, repeat):
 
 
 def measure_matmul(device, dtype, repeat):
-    """TFLOP/s of a large matrix product of the framework's library: the ceiling of compute-bound rows."""
+    """TFLOP/s of a large matrix product of the framework's library: the ceiling of compute-bound
+    rows."""
     import torch
 
     n = 8192 if device == "cuda" else 1024
@@ -111,10 +116,17 @@ def measure_matmul(device, dtype, repeat):
 
 def describe(device):
     """The machine, the versions and the commit that numbers came from."""
-    facts = {"device": "cpu", "cpu": platform.processor() or platform.machine(), "driver": None, "versions": {}}
+    facts = {
+        "device": "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "driver": None,
+        "versions": {},
+    }
     try:
         with open("/proc/cpuinfo") as lines:
-            facts["cpu"] = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            facts["cpu"] = next(
+                line.split(":")[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         pass
     facts["cpu_threads"] = len(os.sched_getaffinity(0))
@@ -135,7 +147,9 @@ def describe(device):
             pass
     query = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        facts["commit"] = subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+        facts["commit"] = (
+            subprocess.run(query, capture_output=True, text=True).stdout.strip() or None
+        )
     except OSError:
         facts["commit"] = None
     facts["commit"] = facts["commit"] or os.environ.get("RADDLE_BENCH_COMMIT")
@@ -153,7 +167,9 @@ class Report:
             print(f"ceiling {name}: {number:.1f}")
         print(f"{'case':44} {'ours us':>10} {'peer us':>10} {'ratio':>6} {'% ceiling':>9}  peer")
 
-    def add(self, case, ours_us, peer=None, peer_us=None, *, num_bytes=None, flops=None, ceiling=None):
+    def add(
+        self, case, ours_us, peer=None, peer_us=None, *, num_bytes=None, flops=None, ceiling=None
+    ):
         """One row. ceiling: GB/s when bytes decide, TFLOP/s when flops do."""
         percent = None
         if ceiling and num_bytes and not flops:
@@ -187,7 +203,12 @@ class Report:
         """Write the JSON where --json said."""
         if not self.args.json:
             return
-        result = {"bench": self.bench, **describe(self.args.device), "ceilings": self.ceilings, "rows": self.rows}
+        result = {
+            "bench": self.bench,
+            **describe(self.args.device),
+            "ceilings": self.ceilings,
+            "rows": self.rows,
+        }
         with open(self.args.json, "w") as file:
             json.dump(result, file, indent=1)
             file.write("\n")

@@ -1,11 +1,13 @@
-"""Makes attention problems that are unkind: shuffled pages, NaN wherever nothing may be read, odd strides.
+"""Makes attention problems that are unkind: shuffled pages, NaN wherever nothing may be read, odd
+strides.
 
-Needs: numpy. Data is made in float32 and rounded to the dtype under test, so that the reference sees the same numbers.
-"""
+Needs: numpy. Data is made in float32 and rounded to the dtype under test, so that the reference
+sees the same numbers."""
 
 import numpy as np
 
-TOLERANCE = {  # (relative, absolute) of the result against float64, for inputs that are exact in the dtype
+# (relative, absolute) of the result against float64, for inputs that are exact in the dtype.
+TOLERANCE = {
     "float32": (2e-5, 2e-5),
     "float16": (2e-3, 2e-3),
     "bfloat16": (1.6e-2, 1.6e-2),
@@ -13,7 +15,8 @@ TOLERANCE = {  # (relative, absolute) of the result against float64, for inputs 
 
 
 def to_bits(x, dtype):
-    """float32 array -> the array a NumPy user would hold: bfloat16 as uint16, rounded to nearest even."""
+    """float32 array -> the array a NumPy user would hold: bfloat16 as uint16, rounded to nearest
+    even."""
     x = np.ascontiguousarray(x, np.float32)
     if dtype == "float32":
         return x
@@ -33,7 +36,8 @@ def from_bits(x, dtype):
 
 
 class Batch:
-    """A paged batch with its tables, its cache full of NaN where no token lies, and the reference's answer."""
+    """A paged batch with its tables, its cache full of NaN where no token lies, and the reference's
+    answer."""
 
     def __init__(
         self,

@@ -1,8 +1,10 @@
-"""Paged and ragged attention against float64 NumPy, on both back ends. Needs: numpy; a GPU for device cuda."""
+"""Paged and ragged attention against float64 NumPy, on both back ends.
+
+Needs: numpy; a GPU for device cuda.
+"""
 
 import numpy as np
 import pytest
-
 import raddle
 from raddle.attention import (
     BatchDecode,
@@ -10,10 +12,13 @@ from raddle.attention import (
     BatchRaggedPrefill,
     append_paged_kv_cache,
     append_slots,
+    get_batch_indices_positions,
+    get_seq_lens,
     merge_state,
     merge_state_in_place,
     merge_states,
 )
+
 from tests.attention_cases import Batch, assert_close, from_bits, to_bits
 from tests.reference.attention import attend, merge
 
@@ -42,7 +47,9 @@ def skip_unless_supported(device, *dtypes):
         pytest.skip("the CUDA kernels take float16 or bfloat16, the same for q and the cache")
 
 
-def run_batch(batch, device, *, num_qo_heads, num_kv_heads, head_dim, decode=False, spare=0, **options):
+def run_batch(
+    batch, device, *, num_qo_heads, num_kv_heads, head_dim, decode=False, spare=0, **options
+):
     """Plans and runs batch; returns float64 (out, lse)."""
     head_dim_vo = batch.v.shape[-1]
     lse_base = options.pop("lse_base", "2")
@@ -75,7 +82,13 @@ def run_batch(batch, device, *, num_qo_heads, num_kv_heads, head_dim, decode=Fal
 def check(batch, device, *, sm_scale=None, causal=False, window_left=-1, lse_base="2", **options):
     prefill = {} if options.get("decode") else {"causal": causal}
     out, lse, plan = run_batch(
-        batch, device, sm_scale=sm_scale, window_left=window_left, lse_base=lse_base, **prefill, **options
+        batch,
+        device,
+        sm_scale=sm_scale,
+        window_left=window_left,
+        lse_base=lse_base,
+        **prefill,
+        **options,
     )
     want_out, want_lse = batch.expected(
         sm_scale=sm_scale, causal=causal, window_left=window_left, lse_base=lse_base
@@ -135,11 +148,15 @@ def test_window_in_decode(rng, device):
 def test_head_dims_of_k_and_v_may_differ(rng, device):
     heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=192)
     for decode in (True, False):
-        batch = Batch(rng, [1, 50, 200], qo_lens=None if decode else [1, 20, 3], head_dim_vo=128, **heads)
+        batch = Batch(
+            rng, [1, 50, 200], qo_lens=None if decode else [1, 20, 3], head_dim_vo=128, **heads
+        )
         check(batch, device, decode=decode, causal=not decode, **heads)
 
 
-@pytest.mark.parametrize("q_dtype,kv_dtype", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+@pytest.mark.parametrize(
+    "q_dtype,kv_dtype", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
 def test_cache_of_another_dtype(rng, device, q_dtype, kv_dtype):
     skip_unless_supported(device, q_dtype, kv_dtype)
     heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
@@ -173,7 +190,9 @@ def test_k_and_v_apart_with_their_own_strides(rng, device):
     v = place(v_last, "float16", device)
     v = v.transpose(1, 2, 0, 3) if device == "cpu" else None
     batch.kv_cache = (apart, v if device == "cpu" else place(batch.v, "float16", device))
-    plan = BatchDecode(page_size=16, max_batch=2, max_pages=20, dtype="float16", device=device, **heads)
+    plan = BatchDecode(
+        page_size=16, max_batch=2, max_pages=20, dtype="float16", device=device, **heads
+    )
     plan.plan(batch.indptr, batch.indices, batch.last_page_len)
     out = plan.run(place(batch.q, "float16", device), batch.kv_cache)
     assert_close(value(out, "float16"), batch.expected()[0], "float16")
@@ -186,7 +205,9 @@ def test_q_and_out_may_be_strided(rng, device):
     fused[:, 2:6] = batch.q
     q = place(fused, "float16", device)[:, 2:6]
     wide = place(np.full((3, 4, 128), 7.0, np.float16), "float16", device)
-    plan = BatchDecode(page_size=16, max_batch=3, max_pages=20, dtype="float16", device=device, **heads)
+    plan = BatchDecode(
+        page_size=16, max_batch=3, max_pages=20, dtype="float16", device=device, **heads
+    )
     plan.plan(batch.indptr, batch.indices, batch.last_page_len)
     out = plan.run(q, place(batch.kv_cache, "float16", device), out=wide[:, :, 64:])
     assert_close(value(out, "float16"), batch.expected()[0], "float16")
@@ -199,11 +220,17 @@ def test_block_table_equals_csr(rng, device, index_dtype):
     heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
     batch = Batch(rng, RAGGED_LENGTHS, dtype="float16", **heads)
     table = batch.block_table(20, padding=-7).astype(index_dtype)
-    plan = BatchDecode(page_size=16, max_batch=8, max_pages=table.size, dtype="float16", device=device, **heads)
+    plan = BatchDecode(
+        page_size=16, max_batch=8, max_pages=table.size, dtype="float16", device=device, **heads
+    )
     plan.plan(block_table=table, seq_lens=np.array(batch.kv_lens, index_dtype))
     q, cache = place(batch.q, "float16", device), place(batch.kv_cache, "float16", device)
     from_table = value(plan.run(q, cache), "float16")
-    plan.plan(batch.indptr.astype(index_dtype), batch.indices.astype(index_dtype), batch.last_page_len.astype(index_dtype))
+    plan.plan(
+        batch.indptr.astype(index_dtype),
+        batch.indices.astype(index_dtype),
+        batch.last_page_len.astype(index_dtype),
+    )
     assert np.array_equal(from_table, value(plan.run(q, cache), "float16"))
     assert_close(from_table, batch.expected()[0], "float16")
 
@@ -211,7 +238,9 @@ def test_block_table_equals_csr(rng, device, index_dtype):
 def test_index_tensors_on_the_device(rng, device):
     heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
     batch = Batch(rng, RAGGED_LENGTHS, dtype="float16", **heads)
-    plan = BatchDecode(page_size=16, max_batch=8, max_pages=40, dtype="float16", device=device, **heads)
+    plan = BatchDecode(
+        page_size=16, max_batch=8, max_pages=40, dtype="float16", device=device, **heads
+    )
     for index_dtype in ("int32", "int64"):
         plan.plan(
             *(
@@ -232,17 +261,28 @@ def test_ragged_prefill(rng, device, causal):
     qo_indptr, kv_indptr = (np.concatenate([[0], np.cumsum(x)]) for x in (qo_lens, kv_lens))
     for layout in ("NHD", "HND"):
         plan = BatchRaggedPrefill(
-            num_qo_heads=6, num_kv_heads=2, head_dim=64, max_batch=4, max_qo_tokens=60,
-            max_kv_tokens=60, causal=causal, kv_layout=layout, device=device,
+            num_qo_heads=6,
+            num_kv_heads=2,
+            head_dim=64,
+            max_batch=4,
+            max_qo_tokens=60,
+            max_kv_tokens=60,
+            causal=causal,
+            kv_layout=layout,
+            device=device,
         )
         plan.plan(qo_indptr, kv_indptr)
-        ks, vs = (x if layout == "NHD" else np.ascontiguousarray(x.transpose(1, 0, 2)) for x in (k, v))
+        ks, vs = (
+            x if layout == "NHD" else np.ascontiguousarray(x.transpose(1, 0, 2)) for x in (k, v)
+        )
         args = (place(x, "bfloat16", device) for x in (q, ks, vs))
         out, lse = plan.run(*args, return_lse=True)
         for r in range(4):
             rows = slice(qo_indptr[r], qo_indptr[r + 1])
             keys = slice(kv_indptr[r], kv_indptr[r + 1])
-            want = attend(*(from_bits(x, "bfloat16") for x in (q[rows], k[keys], v[keys])), causal=causal)
+            want = attend(
+                *(from_bits(x, "bfloat16") for x in (q[rows], k[keys], v[keys])), causal=causal
+            )
             assert_close(value(out, "bfloat16")[rows], want[0], "bfloat16")
             assert_close(value(lse, "float32")[rows], want[1], "float16")
 
@@ -301,12 +341,20 @@ def test_permuting_requests_permutes_results(rng, device):
 
 def test_empty_batches(device):
     plan = BatchDecode(
-        num_qo_heads=4, num_kv_heads=2, head_dim=64, page_size=16, dtype="float16", max_batch=4, max_pages=9,
+        num_qo_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        page_size=16,
+        dtype="float16",
+        max_batch=4,
+        max_pages=9,
         device=device,
     )
     cache = place(np.full((3, 2, 16, 2, 64), np.nan, np.float16), "float16", device)
     plan.plan(np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    out, lse = plan.run(place(np.zeros((0, 4, 64), np.float16), "float16", device), cache, return_lse=True)
+    out, lse = plan.run(
+        place(np.zeros((0, 4, 64), np.float16), "float16", device), cache, return_lse=True
+    )
     assert tuple(out.shape) == (0, 4, 64) and tuple(lse.shape) == (0, 4)
     plan.plan(np.zeros(4, np.int32), np.zeros(0, np.int32), np.zeros(3, np.int32))
     q = place(np.ones((3, 4, 64), np.float16), "float16", device)
@@ -317,7 +365,9 @@ def test_empty_batches(device):
 def test_plan_is_kept_when_an_update_fails(rng, device):
     heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
     batch = Batch(rng, [20, 60], dtype="float16", **heads)
-    plan = BatchDecode(page_size=16, max_batch=2, max_pages=8, dtype="float16", device=device, **heads)
+    plan = BatchDecode(
+        page_size=16, max_batch=2, max_pages=8, dtype="float16", device=device, **heads
+    )
     plan.plan(batch.indptr, batch.indices, batch.last_page_len)
     with pytest.raises(raddle.errors.ArgumentError):
         plan.plan(batch.indptr, batch.indices, np.array([1, 17], np.int32))
@@ -373,7 +423,9 @@ def test_merge_states(rng, device):
     v, s = merge_case(rng, 6, 7, 2, 24)
     want_v, want_s = merge(v, s)
     v_rows, s_rows = (np.ascontiguousarray(np.moveaxis(x, 0, 1)) for x in (v, s))
-    got_v, got_s = merge_states(raddle.tensor(v_rows, device=device), raddle.tensor(s_rows, device=device))
+    got_v, got_s = merge_states(
+        raddle.tensor(v_rows, device=device), raddle.tensor(s_rows, device=device)
+    )
     assert_close(value(got_v, "float32"), want_v, "float32")
     assert_close(value(got_s, "float32"), want_s, "float32")
 
@@ -382,7 +434,9 @@ def test_merge_states(rng, device):
 @pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
 def test_appends_write_rows_and_nothing_else(rng, device, layout, index_dtype):
     page_size, heads, dim, pages = 5, 3, 16, 9
-    shape = (pages, 2, page_size, heads, dim) if layout == "NHD" else (pages, 2, heads, page_size, dim)
+    shape = (
+        (pages, 2, page_size, heads, dim) if layout == "NHD" else (pages, 2, heads, page_size, dim)
+    )
     before = rng.standard_normal(shape).astype(np.float16)
     k, v = (rng.standard_normal((6, heads, dim)).astype(np.float16) for _ in range(2))
     indptr, indices = np.array([0, 2, 2, 4]), np.array([7, 1, 0, 4])
@@ -393,7 +447,11 @@ def test_appends_write_rows_and_nothing_else(rng, device, layout, index_dtype):
         page = indices[indptr[r] + p // page_size] if r >= 0 else None
         slots.append(-1 if page is None else page * page_size + p % page_size)
         if page is not None:
-            at = (page, slice(None), p % page_size) if layout == "NHD" else (page, slice(None), slice(None), p % page_size)
+            at = (
+                (page, slice(None), p % page_size)
+                if layout == "NHD"
+                else (page, slice(None), slice(None), p % page_size)
+            )
             want[at] = np.stack([k[i], v[i]])
     for how in ("table", "slots"):
         cache = raddle.tensor(before, device=device)
@@ -401,10 +459,30 @@ def test_appends_write_rows_and_nothing_else(rng, device, layout, index_dtype):
         index = [x.astype(index_dtype) for x in (requests, positions)]
         if how == "table":
             append_paged_kv_cache(
-                *rows, *(raddle.tensor(x, device=device) for x in index), cache,
+                *rows,
+                *(raddle.tensor(x, device=device) for x in index),
+                cache,
                 raddle.tensor(indices.astype(index_dtype), device=device),
-                raddle.tensor(indptr.astype(index_dtype), device=device), kv_layout=layout,
+                raddle.tensor(indptr.astype(index_dtype), device=device),
+                kv_layout=layout,
             )
         else:
-            append_slots(*rows, raddle.tensor(np.array(slots, index_dtype), device=device), cache, kv_layout=layout)
+            append_slots(
+                *rows,
+                raddle.tensor(np.array(slots, index_dtype), device=device),
+                cache,
+                kv_layout=layout,
+            )
         assert np.array_equal(cache.to("cpu").numpy(), want)
+
+
+@pytest.mark.parametrize("index_dtype", ["int32", "int64"])
+def test_lengths_and_positions(device, index_dtype):
+    def put(numbers):
+        return raddle.tensor(np.array(numbers, index_dtype), device=device)
+
+    lens = get_seq_lens(put([0, 2, 2, 5]), put([3, 0, 8]), 8)
+    assert lens.to("cpu").numpy().tolist() == [11, 0, 24]
+    requests, positions = get_batch_indices_positions(put([0, 2, 2, 5]), put([11, 4, 24]), 7)
+    assert requests.to("cpu").numpy().tolist() == [0, 0, 2, 2, 2, -1, -1]
+    assert positions.to("cpu").numpy().tolist() == [9, 10, 21, 22, 23, 0, 0]

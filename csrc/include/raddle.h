@@ -236,6 +236,17 @@ raddle_status raddle_attention_append_slots(const raddle_tensor *k, const raddle
                                             const raddle_tensor *slot_mapping,
                                             const raddle_kv_cache *kv, raddle_stream stream);
 
+/* out[i] = K/V tokens of request i: (pages - 1) * page_size + last_page_len, or 0 without pages. */
+raddle_status raddle_attention_seq_lens(const raddle_tensor *indptr,
+                                        const raddle_tensor *last_page_len, int32_t page_size,
+                                        const raddle_tensor *out, raddle_stream stream);
+/* Request and position of each of n appended rows: the rows of request i, from append_indptr[i] on,
+ * are its last tokens. Rows past the last request get -1 and 0, which append skips. */
+raddle_status raddle_attention_positions(const raddle_tensor *append_indptr,
+                                         const raddle_tensor *seq_lens,
+                                         const raddle_tensor *batch_indices,
+                                         const raddle_tensor *positions, raddle_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

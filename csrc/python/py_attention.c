@@ -558,9 +558,66 @@ static PyObject *append_slots(PyObject *module, PyObject *const *objects, Py_ssi
     return finish(status, args, NUM);
 }
 
+PyDoc_STRVAR(seq_lens_doc,
+             "attention_seq_lens(indptr, last_page_len, page_size, out, stream, /)\n--\n\n"
+             "Tokens of each request.");
+
+static PyObject *seq_lens(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"indptr", "last_page_len", "out"};
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE};
+    enum { NUM = 3 };
+    (void)module;
+    raddle_tensor_arg args[NUM];
+    raddle_stream stream = NULL;
+    if (check_count("attention_seq_lens", count, NUM + 2) < 0) {
+        return NULL;
+    }
+    const long page_size = PyLong_AsLong(objects[2]);
+    if (page_size == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    PyObject *const tensors[NUM] = {objects[0], objects[1], objects[3]};
+    if (open_args(tensors, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    if (raddle_stream_from_args(objects[4], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    const int32_t size = page_size > INT32_MAX || page_size < 0 ? 0 : (int32_t)page_size;
+    return finish(raddle_attention_seq_lens(args[0].view, args[1].view, size, args[2].view, stream),
+                  args, NUM);
+}
+
+PyDoc_STRVAR(positions_doc, "attention_positions(append_indptr, seq_lens, batch_indices, "
+                            "positions, stream, /)\n--\n\nRequest and position of each row.");
+
+static PyObject *positions(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"append_indptr", "seq_lens", "batch_indices", "positions"};
+    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
+                                 RADDLE_ARG_WRITE};
+    enum { NUM = 4 };
+    (void)module;
+    raddle_tensor_arg args[NUM];
+    raddle_stream stream = NULL;
+    if (check_count("attention_positions", count, NUM + 1) < 0 ||
+        open_args(objects, names, access, NUM, args) < 0) {
+        return NULL;
+    }
+    if (raddle_stream_from_args(objects[NUM], args, NUM, &stream) < 0) {
+        close_args(args, NUM);
+        return NULL;
+    }
+    return finish(
+        raddle_attention_positions(args[0].view, args[1].view, args[2].view, args[3].view, stream),
+        args, NUM);
+}
+
 static PyMethodDef functions[] = {
     {"attention_merge_state", RADDLE_FASTCALL(merge_state), METH_FASTCALL, merge_state_doc},
     {"attention_merge_states", RADDLE_FASTCALL(merge_states), METH_FASTCALL, merge_states_doc},
+    {"attention_seq_lens", RADDLE_FASTCALL(seq_lens), METH_FASTCALL, seq_lens_doc},
+    {"attention_positions", RADDLE_FASTCALL(positions), METH_FASTCALL, positions_doc},
     {"attention_append", RADDLE_FASTCALL(append), METH_FASTCALL, append_doc},
     {"attention_append_slots", RADDLE_FASTCALL(append_slots), METH_FASTCALL, append_slots_doc},
     {NULL, NULL, 0, NULL},

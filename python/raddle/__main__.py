@@ -1,4 +1,7 @@
-"""The command line: `python -m raddle COMMAND`. Each command is a module with add_arguments() and main()."""
+"""The command line: `python -m raddle COMMAND`.
+
+Each command is a module with add_arguments() and main().
+"""
 
 import argparse
 import importlib

@@ -1,16 +1,19 @@
 """Paged and ragged attention: plan once per step, run once per layer.
 
-Words follow the field. A page table is `indptr` [batch + 1], `indices` [indptr[-1]] (page ids) and `last_page_len`
-[batch] (tokens in each request's last page, 1 to page_size; 0 for a request without pages), or a padded
-`block_table` [batch, max_blocks] with `seq_lens` [batch]. Index tensors are int32 or int64, on the host or on the plan's
-device; host tensors are checked when planned, page ids that lie on the device never lead outside the cache. Planning
-from device lengths costs a synchronisation.
+Words follow the field. A page table is `indptr` [batch + 1], `indices` [indptr[-1]] (page ids) and
+`last_page_len` [batch] (tokens in each request's last page, 1 to page_size; 0 for a request without
+pages), or a padded `block_table` [batch, max_blocks] with `seq_lens` [batch]. Index tensors are
+int32 or int64, on the host or on the plan's device; host tensors are checked when planned, page ids
+that lie on the device never lead outside the cache. Planning from device lengths costs a
+synchronisation.
 
-A KV cache is one tensor [num_pages, 2, page_size, num_kv_heads, head_dim] ("NHD") or [num_pages, 2, num_kv_heads,
-page_size, head_dim] ("HND"), or a pair (k, v) without the 2, whose strides may differ.
+A KV cache is one tensor [num_pages, 2, page_size, num_kv_heads, head_dim] ("NHD") or [num_pages, 2,
+num_kv_heads, page_size, head_dim] ("HND"), or a pair (k, v) without the 2, whose strides may
+differ.
 
-Masks: causal is aligned to the bottom right (query i of qo_len sees key j iff j <= kv_len - qo_len + i), `window_left`
-keys before its own are seen by each query (negative: all). A row that sees nothing is exactly 0, its lse -inf.
+Masks: causal is aligned to the bottom right (query i of qo_len sees key j iff j <= kv_len - qo_len
++ i), `window_left` keys before its own are seen by each query (negative: all). A row that sees
+nothing is exactly 0, its lse -inf.
 
 The log-sum-exp that comes back belongs to the scaled logits, in base 2 unless lse_base="e".
 
@@ -18,6 +21,14 @@ Planning and sharing after FlashInfer (arXiv 2501.01005), split K/V after Flash-
 """
 
 from . import _core
+from .kv_cache import (
+    append_paged_kv_cache,
+    append_slots,
+    get_batch_indices_positions,
+    get_seq_lens,
+    split_cache,
+)
+from .schedule import Schedule
 
 __all__ = [
     "BatchDecode",
@@ -26,55 +37,12 @@ __all__ = [
     "Schedule",
     "append_paged_kv_cache",
     "append_slots",
+    "get_batch_indices_positions",
+    "get_seq_lens",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
 ]
-
-
-class Schedule:
-    """What a plan decided, as NumPy arrays.
-
-    requests [batch] (qo_begin, qo_len, kv_begin, kv_len), segments [n] (request, head, row_begin, row_end, kv_begin,
-    kv_end, slot, merge), merges [m] (request, head, row_begin, row_end, slot_begin, slot_count, ...), worker_indptr
-    [workers + 1] into segments; config holds tile_rows, tile_kv, heads_per_item, segment_cost and the like.
-    """
-
-    def __init__(self, requests, worker_indptr, segments, merges, config, token_bytes):
-        import numpy as np
-
-        def table(data, *names):
-            return np.frombuffer(data, dtype=[(name, np.int32) for name in names])
-
-        self.requests = table(requests, "qo_begin", "qo_len", "kv_begin", "kv_len")
-        self.segments = table(
-            segments, "request", "head", "row_begin", "row_end", "kv_begin", "kv_end", "slot", "merge"
-        )
-        self.merges = table(
-            merges, "request", "head", "row_begin", "row_end", "slot_begin", "slot_count",
-            "num_arrivals", "reserved",
-        )
-        self.worker_indptr = np.frombuffer(worker_indptr, dtype=np.int32)
-        self.config = config
-        self._token_bytes = token_bytes
-
-    @property
-    def segment_bytes(self):
-        """K/V bytes that each segment reads, int64 [n]."""
-        import numpy as np
-
-        left = self.config["num_kv_heads"] - self.segments["head"]
-        heads = np.minimum(self.config["heads_per_item"], left).astype(np.int64)
-        return (self.segments["kv_end"] - self.segments["kv_begin"]) * heads * self._token_bytes
-
-    @property
-    def worker_bytes(self):
-        """K/V bytes that each worker reads, int64 [workers that have segments]."""
-        import numpy as np
-
-        sums = np.concatenate([[0], np.cumsum(self.segment_bytes)])
-        share = sums[self.worker_indptr[1:]] - sums[self.worker_indptr[:-1]]
-        return share[np.diff(self.worker_indptr) > 0]
 
 
 class _BatchAttention:
@@ -96,14 +64,17 @@ class _BatchAttention:
 
     @property
     def workspace_size(self):
-        """Bytes of scratch that the plan needs for its maxima, exactly. One is made when none was bound."""
+        """Bytes of scratch that the plan needs for its maxima, exactly.
+
+        One is made when none was bound.
+        """
         return self._plan.workspace_size
 
     def bind_workspace(self, workspace):
         """Use a contiguous tensor on the plan's device as scratch.
 
-        Plans whose runs are ordered on one stream may share it. Raises CapacityError with both sizes when too small.
-        """
+        Plans whose runs are ordered on one stream may share it. Raises CapacityError with both
+        sizes when too small."""
         self._plan.bind(workspace)
 
     def schedule(self):
@@ -115,27 +86,27 @@ class _PagedAttention(_BatchAttention):
     def run(self, q, kv_cache, *, out=None, lse=None, return_lse=False, stream=None):
         """Attention of the planned batch.
 
-        q: [qo tokens, num_qo_heads, head_dim]. kv_cache: see the module. out: [qo tokens, num_qo_heads, head_dim_vo];
-        made like q when not given. lse: float32 [qo tokens, num_qo_heads], written when given or return_lse.
-        Returns out, or (out, lse) with return_lse. Capture-safe on CUDA when out (and lse) are given or come from a
-        capture-aware allocator.
+        q: [qo tokens, num_qo_heads, head_dim]. kv_cache: see the module. out: [qo tokens,
+        num_qo_heads, head_dim_vo]; made like q when not given. lse: float32 [qo tokens,
+        num_qo_heads], written when given or return_lse. Returns out, or (out, lse) with return_lse.
+        Capture-safe on CUDA when out (and lse) are given or come from a capture-aware allocator.
 
-        Raises StateError before plan(), ShapeError, DTypeError and DeviceError for tensors that differ from the plan,
-        ArgumentError for a planned page id beyond the cache.
-        """
-        k, v = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
+        Raises StateError before plan(), ShapeError, DTypeError and DeviceError for tensors that
+        differ from the plan, ArgumentError for a planned page id beyond the cache."""
+        k, v = split_cache(kv_cache)
         return self._plan.run(q, k, v, out, lse, return_lse, stream)
 
 
 class BatchDecode(_PagedAttention):
     """Paged attention with one query token per request.
 
-    num_qo_heads is a multiple of num_kv_heads; head_dim (and head_dim_vo, V's, when it differs) a multiple of 8 up to
-    256; dtype of q (float16, bfloat16; float32 on the CPU), kv_dtype of the cache and o_dtype of the result default to
-    it. max_batch requests and max_pages page ids (or block_table entries) are the most that any plan() will bring.
-    sm_scale defaults to 1/sqrt(head_dim). fixed_chunk > 0 (a multiple of 64 tokens) makes each request's result
-    independent, bit for bit, of what else is in the batch. max_ctas bounds the CTAs (CPU: threads) that run() uses.
-    """
+    num_qo_heads is a multiple of num_kv_heads; head_dim (and head_dim_vo, V's, when it differs) a
+    multiple of 8 up to 256; dtype of q (float16, bfloat16; float32 on the CPU), kv_dtype of the
+    cache and o_dtype of the result default to it. max_batch requests and max_pages page ids (or
+    block_table entries) are the most that any plan() will bring. sm_scale defaults to
+    1/sqrt(head_dim). fixed_chunk > 0 (a multiple of 64 tokens) makes each request's result
+    independent, bit for bit, of what else is in the batch. max_ctas bounds the CTAs (CPU: threads)
+    that run() uses."""
 
     def __init__(
         self,
@@ -184,22 +155,30 @@ class BatchDecode(_PagedAttention):
         )
 
     def plan(
-        self, indptr=None, indices=None, last_page_len=None, *, block_table=None, seq_lens=None, stream=None
+        self,
+        indptr=None,
+        indices=None,
+        last_page_len=None,
+        *,
+        block_table=None,
+        seq_lens=None,
+        stream=None,
     ):
         """Schedule a batch: indptr, indices, last_page_len, or block_table and seq_lens.
 
-        A failure leaves the previous batch planned. Refused while the stream is captured; a captured graph that reads
-        this plan stays valid. Raises CapacityError past the declared maxima, ArgumentError for a bad table.
-        """
+        A failure leaves the previous batch planned. Refused while the stream is captured; a
+        captured graph that reads this plan stays valid. Raises CapacityError past the declared
+        maxima, ArgumentError for a bad table."""
         self._plan.update(None, indptr, indices, last_page_len, block_table, seq_lens, stream)
 
 
 class BatchPrefill(_PagedAttention):
-    """Paged attention with any number of query tokens per request: prefill, chunked prefill, speculative decode.
+    """Paged attention with any number of query tokens per request: prefill, chunked prefill,
+    speculative decode.
 
-    As BatchDecode, and: causal (bottom-right aligned); max_qo_tokens query rows per batch; max_qo_len bounds those of
-    one request (0: no bound), which lets a plan for few rows use less memory.
-    """
+    As BatchDecode, and: causal (bottom-right aligned); max_qo_tokens query rows per batch;
+    max_qo_len bounds those of one request (0: no bound), which lets a plan for few rows use less
+    memory."""
 
     def __init__(
         self,
@@ -261,7 +240,10 @@ class BatchPrefill(_PagedAttention):
         seq_lens=None,
         stream=None,
     ):
-        """Schedule a batch. qo_indptr: [batch + 1] offsets of each request's rows in q; the rest as BatchDecode.plan."""
+        """Schedule a batch.
+
+        qo_indptr: [batch + 1] offsets of each request's rows in q; the rest as BatchDecode.plan.
+        """
         self._plan.update(qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream)
 
 
@@ -324,7 +306,8 @@ class BatchRaggedPrefill(_BatchAttention):
         self._plan.update(qo_indptr, kv_indptr, None, None, None, None, stream)
 
     def run(self, q, k, v, *, out=None, lse=None, return_lse=False, stream=None):
-        """Attention of the planned batch; k and v: [kv tokens, num_kv_heads, head_dim], "HND": heads first."""
+        """Attention of the planned batch; k and v: [kv tokens, num_kv_heads, head_dim], "HND":
+        heads first."""
         return self._plan.run(q, k, v, out, lse, return_lse, stream)
 
 
@@ -336,51 +319,11 @@ def _positive_page_size(page_size):
     return page_size
 
 
-def _split_cache(kv_cache):
-    return kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
-
-
-def append_paged_kv_cache(
-    append_key,
-    append_value,
-    batch_indices,
-    positions,
-    kv_cache,
-    kv_indices,
-    kv_indptr,
-    *,
-    kv_layout="NHD",
-    dtype=None,
-    stream=None,
-):
-    """Write rows into a paged cache, in place.
-
-    append_key, append_value: [n, num_kv_heads, head_dim]; row i becomes token positions[i] of request
-    batch_indices[i]; a negative batch index skips the row. kv_indptr, kv_indices: the page table after the append.
-    dtype names the bits of 16-bit NumPy caches that are no float16. Host tables are checked (ArgumentError) before
-    anything is written; rows whose page a device table puts outside the cache are skipped.
-    """
-    k, v = _split_cache(kv_cache)
-    _core.attention_append(
-        append_key, append_value, k, v, batch_indices, positions, kv_indptr, kv_indices, kv_layout, dtype, stream
-    )
-
-
-def append_slots(k, v, slot_mapping, kv_cache, *, kv_layout="NHD", dtype=None, stream=None):
-    """Write rows into a paged cache, in place: row i goes to slot_mapping[i] = page * page_size + offset.
-
-    k, v: [n, num_kv_heads, head_dim]; -1 skips a row; other slots outside the cache raise ArgumentError when
-    slot_mapping is on the host, and are skipped when it is on the device. Two rows must not share a slot.
-    """
-    k_cache, v_cache = _split_cache(kv_cache)
-    _core.attention_append_slots(k, v, k_cache, v_cache, slot_mapping, kv_layout, dtype, stream)
-
-
 def merge_state(v_a, s_a, v_b, s_b, *, v_out=None, s_out=None, lse_base="2", stream=None):
     """Join two attentions of the same queries over disjoint keys; returns (v, s).
 
-    v: [n, heads, dim]; s: float32 log-sum-exp [n, heads] in lse_base. Two empty states give 0 and -inf.
-    """
+    v: [n, heads, dim]; s: float32 log-sum-exp [n, heads] in lse_base. Two empty states give 0 and
+    -inf."""
     v_out = _core.empty_like(v_a) if v_out is None else v_out
     s_out = _core.empty_like(s_a) if s_out is None else s_out
     _core.attention_merge_state(v_a, s_a, v_b, s_b, None, v_out, s_out, lse_base, stream)
@@ -388,12 +331,16 @@ def merge_state(v_a, s_a, v_b, s_b, *, v_out=None, s_out=None, lse_base="2", str
 
 
 def merge_state_in_place(v, s, v_other, s_other, *, mask=None, lse_base="2", stream=None):
-    """Join (v_other, s_other) into (v, s). mask: bool or uint8 [n]; rows where it is 0 stay as they are."""
+    """Join (v_other, s_other) into (v, s).
+
+    mask: bool or uint8 [n]; rows where it is 0 stay as they are.
+    """
     _core.attention_merge_state(v, s, v_other, s_other, mask, v, s, lse_base, stream)
 
 
 def merge_states(v, s, *, v_out=None, s_out=None, lse_base="2", stream=None):
-    """Join many attentions: v [n, states, heads, dim], s [n, states, heads] -> [n, heads, dim], [n, heads]."""
+    """Join many attentions: v [n, states, heads, dim], s [n, states, heads] -> [n, heads, dim], [n,
+    heads]."""
     n, _, heads, dim = v.shape
     v_out = _core.empty_like(v, (n, heads, dim)) if v_out is None else v_out
     s_out = _core.empty_like(s, (n, heads)) if s_out is None else s_out

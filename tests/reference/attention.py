@@ -1,4 +1,5 @@
-"""Attention in float64 NumPy, one query row at a time: slow, obvious, and no code in common with raddle."""
+"""Attention in float64 NumPy, one query row at a time: slow, obvious, and no code in common with
+raddle."""
 
 import numpy as np
 
@@ -11,13 +12,18 @@ def gather_pages(cache, page_ids, kv_len, layout):
         page = cache[page_ids[j // page_size]]
         rows.append(page[j % page_size] if layout == "NHD" else page[:, j % page_size])
     if not rows:
-        heads, dim = (cache.shape[2], cache.shape[3]) if layout == "NHD" else (cache.shape[1], cache.shape[3])
+        heads, dim = (
+            (cache.shape[2], cache.shape[3])
+            if layout == "NHD"
+            else (cache.shape[1], cache.shape[3])
+        )
         return np.zeros((0, heads, dim))
     return np.stack(rows).astype(np.float64)
 
 
 def attend(q, k, v, *, sm_scale=None, causal=False, window_left=-1, lse_base="2"):
-    """One request: q [qo_len, qo_heads, dim], k [kv_len, kv_heads, dim], v [kv_len, kv_heads, dim_vo].
+    """One request: q [qo_len, qo_heads, dim], k [kv_len, kv_heads, dim], v [kv_len, kv_heads,
+    dim_vo].
 
     Returns float64 (out, lse). Rows that see nothing: 0 and -inf.
     """
