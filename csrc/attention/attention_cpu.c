@@ -51,12 +51,13 @@ static int32_t min_i32(int64_t a, int64_t b) {
 /* Few rows per request: memory is the limit, so a worker streams whole tokens (all heads). Many
  * rows: arithmetic is, so K/V heads are items of their own, which balances better. */
 static void choose_cuts(const raddle_attention_spec *spec, raddle_attention_config *config) {
-    const bool decode = spec->max_qo_tokens <= spec->max_batch;
-    if (decode) {
-        config->tile_rows = min_i32(config->group_size, DECODE_MAX_ROWS);
+    const int64_t max_len = spec->max_qo_len > 0 ? spec->max_qo_len : spec->max_qo_tokens;
+    const int64_t rows = max_len * config->group_size;
+    if (rows <= DECODE_MAX_ROWS) {
+        config->tile_rows = (int32_t)rows;
         config->heads_per_item = config->num_kv_heads;
     } else {
-        config->tile_rows = min_i32(spec->max_qo_tokens * config->group_size, PREFILL_ROWS);
+        config->tile_rows = min_i32(rows, PREFILL_ROWS);
         config->heads_per_item = 1;
     }
     config->tile_kv = TILE_KV;
@@ -66,27 +67,41 @@ static void choose_cuts(const raddle_attention_spec *spec, raddle_attention_conf
 }
 
 /* One worker's buffers out of arena, which starts each on a boundary of RADDLE_ARENA_ALIGN. */
-static void layout_scratch(const raddle_attention_config *config, int32_t block_rows,
+static void layout_scratch(const raddle_attention_config *config, const attention_cpu_state *state,
                            raddle_arena *arena, attention_cpu_scratch *scratch) {
-    const size_t rows = (size_t)block_rows;
+    const size_t rows = (size_t)state->block_rows;
     const size_t tile_kv = (size_t)config->tile_kv;
     const size_t width = (size_t)config->head_dim_vo;
-    scratch->q = raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * sizeof(float));
-    scratch->logits = raddle_arena_take(arena, (size_t)config->tile_rows * tile_kv * sizeof(float));
+    const size_t operand = (size_t)state->operand_bytes;
+    const size_t num_logits = (size_t)config->tile_rows * tile_kv;
+    scratch->q = raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * operand);
+    scratch->logits = raddle_arena_take(arena, num_logits * sizeof(float));
+    scratch->weights = scratch->logits;
+    if (state->block->operand != RADDLE_F32) {
+        scratch->weights = raddle_arena_take(arena, num_logits * operand);
+    }
     scratch->chunk.state = raddle_arena_take(arena, rows * 2 * sizeof(float));
     scratch->chunk.acc = raddle_arena_take(arena, rows * width * sizeof(float));
     scratch->folded.state = raddle_arena_take(arena, rows * 2 * sizeof(float));
     scratch->folded.acc = raddle_arena_take(arena, rows * width * sizeof(float));
-    scratch->k_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
-    scratch->v_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
-    scratch->positions = raddle_arena_take(arena, tile_kv * sizeof(int32_t));
+    scratch->k_panel.length = config->head_dim_qk;
+    scratch->k_panel.data =
+        raddle_arena_take(arena, raddle_vec_panel_bytes(config->tile_kv, config->head_dim_qk));
+    scratch->v_panel.length = config->head_dim_vo;
+    scratch->v_panel.data =
+        raddle_arena_take(arena, raddle_vec_panel_bytes(config->tile_kv, config->head_dim_vo));
+    for (int i = 0; i < 2; i++) {
+        scratch->tokens[i].k_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
+        scratch->tokens[i].v_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
+        scratch->tokens[i].positions = raddle_arena_take(arena, tile_kv * sizeof(int32_t));
+    }
 }
 
 static void layout_state(const raddle_attention_config *config, raddle_arena *arena,
                          cpu_plan_state *state, attention_cpu_scratch *scratch) {
     state->cursors = raddle_arena_take(arena, (size_t)config->num_workers * sizeof(work_cursor));
     for (int32_t w = 0; w < config->num_workers; w++) {
-        layout_scratch(config, state->shared.block_rows, arena, &scratch[w]);
+        layout_scratch(config, &state->shared, arena, &scratch[w]);
     }
 }
 
@@ -111,6 +126,10 @@ static raddle_status cpu_prepare(raddle_attention_plan *plan) {
     plan->backend_state = state;
     attention_cpu_state *shared = &state->shared;
     shared->vec = raddle_vec_get();
+    const bool bf16 = config->q_dtype == RADDLE_BF16 && config->kv_dtype == RADDLE_BF16;
+    shared->block = bf16 && shared->vec->block_bf16 ? shared->vec->block_bf16
+                                                    : shared->vec->blocks[config->kv_dtype];
+    shared->operand_bytes = (int32_t)raddle_dtype_bytes(shared->block->operand);
     shared->block_rows = config->tile_rows > MIN_BLOCK_ROWS ? config->tile_rows : MIN_BLOCK_ROWS;
     const size_t scratch_bytes = (size_t)config->num_workers * sizeof(attention_cpu_scratch);
     shared->scratch = raddle_alloc_zero(scratch_bytes);

@@ -18,23 +18,31 @@ typedef struct attention_cpu_states {
     float *acc;
 } attention_cpu_states;
 
-/* One worker's memory. block_rows is the most rows (of one or several heads) that are computed
- * together. */
-typedef struct attention_cpu_scratch {
-    float *q;                    /* [block_rows, head_dim_qk] */
-    float *logits;               /* [tile_rows, tile_kv] */
-    attention_cpu_states chunk;  /* [block_rows]: of the tiles seen so far */
-    attention_cpu_states folded; /* [block_rows]: of the chunks seen so far, in fixed-chunk mode */
-    const void **k_rows;         /* [tile_kv] address of the token's K row of head 0 */
+/* Where the tokens of a tile lie, in the order of the request. */
+typedef struct attention_cpu_tokens {
+    const void **k_rows; /* [tile_kv] address of the token's K row of head 0 */
     const void **v_rows;
     int32_t *positions; /* [tile_kv] token numbers, ascending */
+} attention_cpu_tokens;
+
+/* One worker's memory. block_rows is the most rows (of one or several heads) computed together. */
+typedef struct attention_cpu_scratch {
+    void *q;                     /* [block_rows, head_dim_qk] of the operand's type */
+    float *logits;               /* [tile_rows, tile_kv] */
+    void *weights;               /* the same in the operand's type; logits itself when float32 */
+    attention_cpu_states chunk;  /* [block_rows]: of the tiles seen so far */
+    attention_cpu_states folded; /* [block_rows]: of the chunks seen so far, in fixed-chunk mode */
+    raddle_vec_panel k_panel, v_panel; /* a tile of one head, packed */
+    attention_cpu_tokens tokens[2];    /* of this tile and the next */
 } attention_cpu_scratch;
 
 typedef struct attention_cpu_state {
     const raddle_vec *vec;
+    const raddle_vec_block *block; /* how q meets K, and weights meet V */
+    int32_t operand_bytes;         /* of an element of block->operand */
+    int32_t block_rows;
     void *memory;
     attention_cpu_scratch *scratch; /* [num_workers] */
-    int32_t block_rows;
 } attention_cpu_state;
 
 /* What every worker of a run reads. */

@@ -7,6 +7,13 @@
 
 static const raddle_vec *const vec_tables[RADDLE_ISA_COUNT] = {
     [RADDLE_ISA_GENERIC] = &raddle_vec_generic,
+#if defined(__x86_64__)
+    [RADDLE_ISA_AVX2] = &raddle_vec_avx2,
+    [RADDLE_ISA_AVX512] = &raddle_vec_avx512,
+    [RADDLE_ISA_AVX512BF16] = &raddle_vec_avx512bf16,
+#elif defined(__aarch64__)
+    [RADDLE_ISA_NEON] = &raddle_vec_neon,
+#endif
 };
 
 const raddle_vec *raddle_vec_get(void) {

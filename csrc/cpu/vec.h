@@ -3,7 +3,7 @@
  * generic is plain C and always there; the others are compiled by target attribute and chosen from
  * cpuid, capped by RADDLE_ISA (generic, avx2, avx512, avx512bf16, neon). All accumulate in float32.
  * The table knows no family: rows, columns and strides only. Strides are in elements of the stored
- * type.
+ * type. Memory may have any alignment that its element type may have.
  */
 #ifndef RADDLE_CPU_VEC_H
 #define RADDLE_CPU_VEC_H
@@ -13,30 +13,64 @@
 /* Rows that lie anywhere: element k of row n is rows[n][offset + k] of the stored type. */
 typedef struct raddle_vec_rows {
     const void *const *rows;
-    const void *const
-        *next; /* NULL, or as many rows that will be asked for soon (same offset): prefetched */
-    int64_t offset;
+    const void *const *next; /* NULL, or as many rows that will be asked for soon, to prefetch */
+    int64_t offset;          /* of both */
     int count;
 } raddle_vec_rows;
 
-/* c[m * ldc + n] = scale * sum_k a[m * lda + k] * b(n, k), m < rows, n < b->count, k < depth. a is
- * float32. */
-typedef void (*raddle_vec_dot_rows)(float *c, int64_t ldc, const float *a, int64_t lda,
-                                    const raddle_vec_rows *b, int rows, int depth, float scale);
-/* c[m * ldc + d] += sum_n p[m * ldp + n] * b(n, d), m < rows, d < width. p and c are float32. */
-typedef void (*raddle_vec_add_rows)(float *c, int64_t ldc, const float *p, int64_t ldp,
-                                    const raddle_vec_rows *b, int rows, int width);
+enum { RADDLE_VEC_PANEL_STEP = 16 };
+
+/* Rows packed by pack_dot or pack_add in the order that the multiply wants. */
+typedef struct raddle_vec_panel {
+    void *data; /* raddle_vec_panel_bytes(rows, length), 64-byte aligned */
+    int length; /* elements of a row */
+} raddle_vec_panel;
+
+static inline size_t raddle_vec_panel_bytes(int count, int length) {
+    const size_t step = RADDLE_VEC_PANEL_STEP;
+    return ((size_t)count + step - 1) / step * step * (((size_t)length + step - 1) / step * step) *
+           sizeof(float);
+}
+
+/* Products of left rows with rows b of a stored type. The left rows (a, p) are of type operand:
+ * float32 or, where an instruction multiplies pairs of them, bfloat16. Sums are float32.
+ * Few left rows: dot_rows and add_rows read b where it lies. From about 16: pack b once, then
+ * dot_panel and add_panel. */
+typedef struct raddle_vec_block {
+    raddle_dtype operand;
+    /* c[m * ldc + n] = sum_k a[m * lda + k] * b(n, k), m < rows, n < b->count, k < depth. */
+    void (*dot_rows)(float *c, int64_t ldc, const void *a, int64_t lda, const raddle_vec_rows *b,
+                     int rows, int depth);
+    /* c[m * ldc + d] += sum_n p[m * ldp + n] * b(n, d), m < rows, d < width. */
+    void (*add_rows)(float *c, int64_t ldc, const void *p, int64_t ldp, const raddle_vec_rows *b,
+                     int rows, int width);
+    /* Rows of panel->length elements into panel->data; what the last block lacks is 0. */
+    void (*pack_dot)(const raddle_vec_panel *panel, const raddle_vec_rows *b);
+    void (*pack_add)(const raddle_vec_panel *panel, const raddle_vec_rows *b);
+    /* As dot_rows, n in [first, last); first is a multiple of RADDLE_VEC_PANEL_STEP. Columns up to
+     * the next multiple of it past last are written too, with nothing of use. */
+    void (*dot_panel)(float *c, int64_t ldc, const void *a, int64_t lda,
+                      const raddle_vec_panel *panel, int rows, int first, int last);
+    /* As add_rows, n in [first, last); first is a multiple of RADDLE_VEC_PANEL_STEP. p is read up
+     * to the next even column past last, which must be 0 there. */
+    void (*add_panel)(float *c, int64_t ldc, const void *p, int64_t ldp,
+                      const raddle_vec_panel *panel, int rows, int first, int last);
+    /* to[i] = 2^(x[i] * scale - max) as operand; returns the sum, of the values before rounding.
+     * -inf gives exactly 0. max is finite. to may be x when operand is float32. */
+    float (*exp2_to)(void *to, const float *x, int64_t count, float scale, float max);
+} raddle_vec_block;
 
 typedef struct raddle_vec {
     const char *name;
-    /* By raddle_dtype (of b, src, dst); entries exist for RADDLE_F32, RADDLE_F16 and RADDLE_BF16.
+    /* By raddle_dtype of b; entries exist for RADDLE_F32, RADDLE_F16 and RADDLE_BF16. operand is
+     * float32. */
+    const raddle_vec_block *blocks[RADDLE_DTYPE_COUNT];
+    /* bfloat16 times bfloat16, subnormals counting as 0; NULL where there is no such instruction.
      */
-    raddle_vec_dot_rows dot_rows[RADDLE_DTYPE_COUNT];
-    raddle_vec_add_rows add_rows[RADDLE_DTYPE_COUNT];
-    void (*load[RADDLE_DTYPE_COUNT])(float *dst, const void *src,
-                                     int64_t count); /* widen to float32 */
-    void (*store[RADDLE_DTYPE_COUNT])(void *dst, const float *src,
-                                      int64_t count); /* round to nearest even */
+    const raddle_vec_block *block_bf16;
+    /* Likewise by dtype: widen to float32, and round to nearest even. */
+    void (*load[RADDLE_DTYPE_COUNT])(float *dst, const void *src, int64_t count);
+    void (*store[RADDLE_DTYPE_COUNT])(void *dst, const float *src, int64_t count);
     /* x[i] = 2^(x[i] - max) in place, returns the sum; -inf gives exactly 0. max is finite. */
     float (*exp2_sum)(float *x, int64_t count, float max);
     float (*max)(const float *x, int64_t count); /* NaN is passed over; -inf when count is 0 */
@@ -49,7 +83,15 @@ const raddle_vec *raddle_vec_get(void);
 /* The table called name if this CPU runs it, else NULL: for tests and doctor. */
 const raddle_vec *raddle_vec_by_name(const char *name);
 
-/* One per file; what raddle_vec_get chooses from. */
+/* What raddle_vec_get chooses from; call nothing of a table that this CPU does not run. */
 extern const raddle_vec raddle_vec_generic;
+#if defined(__x86_64__)
+extern const raddle_vec raddle_vec_avx2;
+extern const raddle_vec raddle_vec_avx512;
+extern const raddle_vec raddle_vec_avx512bf16;
+extern const raddle_vec_block raddle_vec_block_avx512bf16;
+#elif defined(__aarch64__)
+extern const raddle_vec raddle_vec_neon;
+#endif
 
 #endif

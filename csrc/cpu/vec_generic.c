@@ -12,27 +12,24 @@
 
 #include "cpu/convert.h"
 
-enum { LANES = 8 }; /* partial sums of a dot product */
+enum { LANES = 8, STEP = RADDLE_VEC_PANEL_STEP }; /* LANES: partial sums of a dot product */
 
-#define PREFETCH_ROW(b, n, bytes)                                                                  \
-    do {                                                                                           \
-        if ((b)->next) {                                                                           \
-            const char *at_ = (const char *)(b)->next[n] + (b)->offset * (int64_t)sizeof(*row);    \
-            for (int64_t i_ = 0; i_ < (bytes); i_ += 64) {                                         \
-                __builtin_prefetch(at_ + i_);                                                      \
-            }                                                                                      \
-        }                                                                                          \
-    } while (0)
+static float nothing(float x) {
+    return x;
+}
 
-/* One dot and one add loop per stored type; WIDEN turns an element into float. */
-#define DEFINE_ROWS(suffix, type, WIDEN)                                                           \
-    static void dot_rows_##suffix(float *c, int64_t ldc, const float *a, int64_t lda,              \
-                                  const raddle_vec_rows *b, int rows, int depth, float scale) {    \
+/* What differs by stored type; WIDEN turns an element into float. Panels hold float32: pack_dot
+ * [columns / 16][length][16], pack_add [rows][length]. */
+#define DEFINE_TYPE(suffix, type, WIDEN)                                                           \
+    static const type *row_##suffix(const raddle_vec_rows *b, int n) {                             \
+        return (const type *)b->rows[n] + b->offset;                                               \
+    }                                                                                              \
+    static void dot_rows_##suffix(float *c, int64_t ldc, const void *a, int64_t lda,               \
+                                  const raddle_vec_rows *b, int rows, int depth) {                 \
         for (int n = 0; n < b->count; n++) {                                                       \
-            const type *row = (const type *)b->rows[n] + b->offset;                                \
-            PREFETCH_ROW(b, n, (int64_t)depth *(int64_t)sizeof(type));                             \
+            const type *row = row_##suffix(b, n);                                                  \
             for (int m = 0; m < rows; m++) {                                                       \
-                const float *am = a + m * lda;                                                     \
+                const float *am = (const float *)a + m * lda;                                      \
                 float sums[LANES] = {0};                                                           \
                 int k = 0;                                                                         \
                 for (; k + LANES <= depth; k += LANES) {                                           \
@@ -47,29 +44,87 @@ enum { LANES = 8 }; /* partial sums of a dot product */
                 for (int i = 0; i < LANES; i++) {                                                  \
                     sum += sums[i];                                                                \
                 }                                                                                  \
-                c[m * ldc + n] = sum * scale;                                                      \
+                c[m * ldc + n] = sum;                                                              \
             }                                                                                      \
         }                                                                                          \
     }                                                                                              \
-    static void add_rows_##suffix(float *c, int64_t ldc, const float *p, int64_t ldp,              \
+    static void add_rows_##suffix(float *c, int64_t ldc, const void *p, int64_t ldp,               \
                                   const raddle_vec_rows *b, int rows, int width) {                 \
         for (int n = 0; n < b->count; n++) {                                                       \
-            const type *row = (const type *)b->rows[n] + b->offset;                                \
-            PREFETCH_ROW(b, n, (int64_t)width *(int64_t)sizeof(type));                             \
+            const type *row = row_##suffix(b, n);                                                  \
             for (int m = 0; m < rows; m++) {                                                       \
-                const float weight = p[m * ldp + n];                                               \
+                const float weight = ((const float *)p)[m * ldp + n];                              \
                 float *cm = c + m * ldc;                                                           \
                 for (int d = 0; d < width; d++) {                                                  \
                     cm[d] += weight * WIDEN(row[d]);                                               \
                 }                                                                                  \
             }                                                                                      \
         }                                                                                          \
+    }                                                                                              \
+    static void pack_dot_##suffix(const raddle_vec_panel *panel, const raddle_vec_rows *b) {       \
+        float *to = panel->data;                                                                   \
+        for (int n = 0; n < b->count; n += STEP) {                                                 \
+            for (int i = 0; i < STEP; i++) {                                                       \
+                for (int k = 0; k < panel->length; k++) {                                          \
+                    to[k * STEP + i] = n + i < b->count ? WIDEN(row_##suffix(b, n + i)[k]) : 0.0f; \
+                }                                                                                  \
+            }                                                                                      \
+            to += panel->length * STEP;                                                            \
+        }                                                                                          \
+    }                                                                                              \
+    static void pack_add_##suffix(const raddle_vec_panel *panel, const raddle_vec_rows *b) {       \
+        float *to = panel->data;                                                                   \
+        for (int n = 0; n < b->count; n++) {                                                       \
+            for (int d = 0; d < panel->length; d++) {                                              \
+                *to++ = WIDEN(row_##suffix(b, n)[d]);                                              \
+            }                                                                                      \
+        }                                                                                          \
     }
 
-#define WIDEN_NOTHING(x) (x)
-DEFINE_ROWS(f32, float, WIDEN_NOTHING)
-DEFINE_ROWS(f16, uint16_t, raddle_f16_to_f32)
-DEFINE_ROWS(bf16, uint16_t, raddle_bf16_to_f32)
+DEFINE_TYPE(f32, float, nothing)
+DEFINE_TYPE(f16, uint16_t, raddle_f16_to_f32)
+DEFINE_TYPE(bf16, uint16_t, raddle_bf16_to_f32)
+
+static void dot_panel(float *c, int64_t ldc, const void *a, int64_t lda,
+                      const raddle_vec_panel *panel, int rows, int first, int last) {
+    for (int n = first; n < last; n += STEP) {
+        const float *right = (const float *)panel->data + (int64_t)n * panel->length;
+        for (int m = 0; m < rows; m++) {
+            const float *am = (const float *)a + m * lda;
+            float sums[STEP] = {0};
+            for (int k = 0; k < panel->length; k++) {
+                for (int i = 0; i < STEP; i++) {
+                    sums[i] += am[k] * right[k * STEP + i];
+                }
+            }
+            memcpy(c + m * ldc + n, sums, sizeof(sums));
+        }
+    }
+}
+
+static void add_panel(float *c, int64_t ldc, const void *p, int64_t ldp,
+                      const raddle_vec_panel *panel, int rows, int first, int last) {
+    for (int m = 0; m < rows; m++) {
+        float *cm = c + m * ldc;
+        for (int n = first; n < last; n++) {
+            const float weight = ((const float *)p)[m * ldp + n];
+            const float *row = (const float *)panel->data + (int64_t)n * panel->length;
+            for (int d = 0; d < panel->length; d++) {
+                cm[d] += weight * row[d];
+            }
+        }
+    }
+}
+
+static float exp2_to(void *to, const float *x, int64_t count, float scale, float max) {
+    float *weights = to;
+    float sum = 0;
+    for (int64_t i = 0; i < count; i++) {
+        weights[i] = exp2f(x[i] * scale - max);
+        sum += weights[i];
+    }
+    return sum;
+}
 
 static void load_f32(float *dst, const void *src, int64_t count) {
     memcpy(dst, src, (size_t)count * sizeof(float));
@@ -108,12 +163,7 @@ static void store_bf16(void *dst, const float *src, int64_t count) {
 }
 
 static float exp2_sum(float *x, int64_t count, float max) {
-    float sum = 0;
-    for (int64_t i = 0; i < count; i++) {
-        x[i] = exp2f(x[i] - max);
-        sum += x[i];
-    }
-    return sum;
+    return exp2_to(x, x, count, 1.0f, max);
 }
 
 static float max_of(const float *x, int64_t count) {
@@ -148,12 +198,18 @@ static float sum_squares(const float *x, int64_t count) {
     return sum;
 }
 
+#define DEFINE_BLOCK(suffix)                                                                       \
+    static const raddle_vec_block block_##suffix = {                                               \
+        RADDLE_F32,        dot_rows_##suffix, add_rows_##suffix, pack_dot_##suffix,                \
+        pack_add_##suffix, dot_panel,         add_panel,         exp2_to,                          \
+    };
+DEFINE_BLOCK(f32)
+DEFINE_BLOCK(f16)
+DEFINE_BLOCK(bf16)
+
 const raddle_vec raddle_vec_generic = {
     .name = "generic",
-    .dot_rows =
-        {[RADDLE_F32] = dot_rows_f32, [RADDLE_F16] = dot_rows_f16, [RADDLE_BF16] = dot_rows_bf16},
-    .add_rows =
-        {[RADDLE_F32] = add_rows_f32, [RADDLE_F16] = add_rows_f16, [RADDLE_BF16] = add_rows_bf16},
+    .blocks = {[RADDLE_F32] = &block_f32, [RADDLE_F16] = &block_f16, [RADDLE_BF16] = &block_bf16},
     .load = {[RADDLE_F32] = load_f32, [RADDLE_F16] = load_f16, [RADDLE_BF16] = load_bf16},
     .store = {[RADDLE_F32] = store_f32, [RADDLE_F16] = store_f16, [RADDLE_BF16] = store_bf16},
     .exp2_sum = exp2_sum,

@@ -1,0 +1,12 @@
+/* vec_avx512.c - tables avx512 and, with the bfloat16 block of vec_avx512bf16.c, avx512bf16. */
+#include "cpu/vec_avx512.h"
+
+#if defined(__x86_64__)
+
+#include "cpu/vec_template.inc"
+
+const raddle_vec raddle_vec_avx512 = RADDLE_VEC_TABLE("avx512", NULL);
+const raddle_vec raddle_vec_avx512bf16 =
+    RADDLE_VEC_TABLE("avx512bf16", &raddle_vec_block_avx512bf16);
+
+#endif

@@ -1,0 +1,426 @@
+/* vec_avx512bf16.c - products of bfloat16 with bfloat16 by vdpbf16ps: sixteen sums of two products.
+ *
+ * Each 32-bit lane of both factors holds two neighbours of the summed index. dot_rows: neighbours
+ * of a row, as they lie. add_rows: the same column of two rows, interleaved on the way in. Panels
+ * hold such pairs ready: pack_dot [columns / 16][length / 2][16] pairs, pack_add [rows / 2][length
+ * up to a multiple of 16] pairs. Micro-tiles are 4 left rows by 4 vectors: 16 sums hide the 6
+ * cycles that the instruction takes on Zen 4.
+ */
+#include "cpu/vec_avx512.h"
+
+#if defined(__x86_64__)
+
+#define BF16_TARGET                                                                                \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define BF16_INLINE static inline __attribute__((always_inline)) BF16_TARGET
+
+enum {
+    STEP = RADDLE_VEC_PANEL_STEP,
+    ROWS = 4,        /* left rows of a micro-tile */
+    VECS = 4,        /* vectors of sums beside each other */
+    PAIR_LANES = 16, /* pairs in a vector */
+    LANES = 32,      /* bfloat16 in a vector */
+    LINE_LANES = 32, /* bfloat16 in a cache line */
+};
+
+BF16_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+BF16_INLINE __mmask32 lanes_mask(int count) {
+    return count >= LANES ? 0xffffffffu : (1u << count) - 1;
+}
+
+BF16_INLINE const uint16_t *row_at(const void *const *rows, const raddle_vec_rows *b, int n) {
+    return (const uint16_t *)rows[n] + b->offset;
+}
+
+BF16_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
+    if (b->next && n < b->count) {
+        const uint16_t *at = row_at(b->next, b, n);
+        for (int i = 0; i < length; i += LINE_LANES) {
+            __builtin_prefetch(at + i);
+        }
+    }
+}
+
+/* Two 16-bit neighbours in every lane. */
+BF16_INLINE __m512i broadcast_pair(const uint16_t *at) {
+    int32_t pair;
+    __builtin_memcpy(&pair, at, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+}
+
+/* ---------------------------------------------------------------- rows where they lie */
+
+BF16_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
+                          const uint16_t *const row[VECS], int left, int depth, int num_rows) {
+    __m512 sums[ROWS][VECS];
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int n = 0; n < VECS; n++) {
+            sums[m][n] = v_zero();
+        }
+    }
+    for (int k = 0; k < depth; k += LANES) {
+        const __mmask32 mask = lanes_mask(depth - k);
+        __m512i right[VECS];
+        V_UNROLL
+        for (int n = 0; n < VECS; n++) {
+            right[n] = _mm512_maskz_loadu_epi16(mask, row[n] + k);
+        }
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            const __m512i x = _mm512_maskz_loadu_epi16(mask, a + m * lda + k);
+            V_UNROLL
+            for (int n = 0; n < VECS; n++) {
+                sums[m][n] = dot_pairs(sums[m][n], x, right[n]);
+            }
+        }
+    }
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        float four[VECS];
+        float *to = left == VECS ? c + m * ldc : four;
+        v_sum4(to, sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+        for (int n = 0; left < VECS && n < left; n++) {
+            c[m * ldc + n] = four[n];
+        }
+    }
+}
+
+static BF16_TARGET void dot_rows(float *c, int64_t ldc, const void *a_rows, int64_t lda,
+                                 const raddle_vec_rows *b, int rows, int depth) {
+    const uint16_t *a = a_rows;
+    for (int n = 0; n < b->count; n += VECS) {
+        const int left = b->count - n < VECS ? b->count - n : VECS;
+        const uint16_t *row[VECS];
+        for (int i = 0; i < VECS; i++) {
+            row[i] = row_at(b->rows, b, n + (i < left ? i : left - 1));
+            prefetch_row(b, n + i, depth);
+        }
+        int m = 0;
+        for (; m + ROWS <= rows; m += ROWS) {
+            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, ROWS);
+        }
+        for (; m < rows; m++) {
+            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, 1);
+        }
+    }
+}
+
+/* 32 columns of two rows as pairs. Inside each 128-bit lane: low is columns 0-3, high 4-7. */
+typedef struct pair_lines {
+    __m512i low, high;
+} pair_lines;
+
+BF16_INLINE pair_lines interleave(__m512i even, __m512i odd) {
+    const pair_lines pairs = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
+    return pairs;
+}
+
+/* num_rows rows of c, num_vecs / 2 times 32 columns wide; width columns exist. */
+BF16_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
+                          const raddle_vec_rows *b, int at, int width, int num_rows, int num_vecs) {
+    __m512 sums[ROWS][VECS];
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i += 2) {
+            const uint32_t mask = lanes_mask(width - i * PAIR_LANES);
+            const float *from = c + m * ldc + at + i * PAIR_LANES;
+            const __m512 first = _mm512_maskz_loadu_ps((__mmask16)mask, from);
+            const __m512 second = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + 16);
+            sums[m][i] = _mm512_shuffle_f32x4(first, second, 0x88);
+            sums[m][i + 1] = _mm512_shuffle_f32x4(first, second, 0xdd);
+        }
+    }
+    for (int n = 0; n < b->count; n += 2) {
+        const bool is_pair = n + 1 < b->count;
+        const uint16_t *even = row_at(b->rows, b, n) + at;
+        const uint16_t *odd = is_pair ? row_at(b->rows, b, n + 1) + at : even;
+        __m512i right[VECS];
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i += 2) {
+            const __mmask32 mask = lanes_mask(width - i * PAIR_LANES);
+            const __mmask32 odd_mask = is_pair ? mask : 0;
+            const pair_lines pairs =
+                interleave(_mm512_maskz_loadu_epi16(mask, even + i * PAIR_LANES),
+                           _mm512_maskz_loadu_epi16(odd_mask, odd + i * PAIR_LANES));
+            right[i] = pairs.low;
+            right[i + 1] = pairs.high;
+        }
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            const uint16_t *weights = p + m * ldp + n;
+            const __m512i x = is_pair ? broadcast_pair(weights) : _mm512_set1_epi32(*weights);
+            V_UNROLL
+            for (int i = 0; i < num_vecs; i++) {
+                sums[m][i] = dot_pairs(sums[m][i], x, right[i]);
+            }
+        }
+    }
+    const __m512i first_lanes =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second_lanes = _mm512_add_epi32(first_lanes, _mm512_set1_epi32(8));
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i += 2) {
+            const uint32_t mask = lanes_mask(width - i * PAIR_LANES);
+            float *to = c + m * ldc + at + i * PAIR_LANES;
+            const __m512 first = _mm512_permutex2var_ps(sums[m][i], first_lanes, sums[m][i + 1]);
+            const __m512 second = _mm512_permutex2var_ps(sums[m][i], second_lanes, sums[m][i + 1]);
+            _mm512_mask_storeu_ps(to, (__mmask16)mask, first);
+            _mm512_mask_storeu_ps(to + 16, (__mmask16)(mask >> 16), second);
+        }
+    }
+}
+
+static BF16_TARGET void add_rows(float *c, int64_t ldc, const void *p_rows, int64_t ldp,
+                                 const raddle_vec_rows *b, int rows, int width) {
+    const uint16_t *p = p_rows;
+    for (int n = 0; b->next && n < b->count; n++) {
+        prefetch_row(b, n, width);
+    }
+    for (int m = 0; m < rows;) {
+        const int num_rows = rows - m >= ROWS ? ROWS : 1;
+        float *cm = c + m * ldc;
+        const uint16_t *pm = p + m * ldp;
+        int d = 0;
+        for (; d + 2 * LANES <= width; d += 2 * LANES) {
+            if (num_rows == ROWS) {
+                add_tile(cm, ldc, pm, ldp, b, d, 2 * LANES, ROWS, VECS);
+            } else {
+                add_tile(cm, ldc, pm, ldp, b, d, 2 * LANES, 1, VECS);
+            }
+        }
+        for (; d < width; d += LANES) {
+            if (num_rows == ROWS) {
+                add_tile(cm, ldc, pm, ldp, b, d, width - d, ROWS, 2);
+            } else {
+                add_tile(cm, ldc, pm, ldp, b, d, width - d, 1, 2);
+            }
+        }
+        m += num_rows;
+    }
+}
+
+/* ---------------------------------------------------------------- panels */
+
+static BF16_TARGET void pack_dot(const raddle_vec_panel *panel, const raddle_vec_rows *b) {
+    const int pairs = (panel->length + 1) / 2;
+    int32_t *to = panel->data;
+    for (int n = 0; n < b->count; n += STEP) {
+        for (int i = 0; i < STEP; i++) {
+            prefetch_row(b, n + i, panel->length);
+        }
+        for (int k = 0; k < pairs; k += PAIR_LANES) {
+            const __mmask32 mask = lanes_mask(panel->length - 2 * k);
+            __m512 lines[STEP];
+            V_UNROLL
+            for (int i = 0; i < STEP; i++) {
+                const bool exists = n + i < b->count;
+                const uint16_t *row = row_at(b->rows, b, exists ? n + i : n) + 2 * k;
+                lines[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(exists ? mask : 0, row));
+            }
+            v_transpose(lines);
+            V_UNROLL
+            for (int i = 0; i < PAIR_LANES; i++) {
+                if (k + i < pairs) {
+                    _mm512_storeu_ps(to + (k + i) * STEP, lines[i]);
+                }
+            }
+        }
+        to += pairs * STEP;
+    }
+}
+
+BF16_INLINE int padded_width(int width) {
+    return (width + STEP - 1) / STEP * STEP;
+}
+
+static BF16_TARGET void pack_add(const raddle_vec_panel *panel, const raddle_vec_rows *b) {
+    const int padded = padded_width(panel->length);
+    const __m512i first_lanes =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second_lanes = _mm512_add_epi32(first_lanes, _mm512_set1_epi32(8));
+    for (int n = 0; n < b->count; n += 2) {
+        const bool is_pair = n + 1 < b->count;
+        const uint16_t *even = row_at(b->rows, b, n);
+        const uint16_t *odd = row_at(b->rows, b, is_pair ? n + 1 : n);
+        int32_t *to = (int32_t *)panel->data + (int64_t)(n / 2) * padded;
+        prefetch_row(b, n, panel->length);
+        prefetch_row(b, n + 1, panel->length);
+        for (int d = 0; d < padded; d += LANES) {
+            const __mmask32 mask = lanes_mask(panel->length - d);
+            const pair_lines pairs =
+                interleave(_mm512_maskz_loadu_epi16(mask, even + d),
+                           _mm512_maskz_loadu_epi16(is_pair ? mask : 0, odd + d));
+            _mm512_storeu_si512(to + d,
+                                _mm512_permutex2var_epi32(pairs.low, first_lanes, pairs.high));
+            if (d + STEP < padded) {
+                _mm512_storeu_si512(to + d + STEP,
+                                    _mm512_permutex2var_epi32(pairs.low, second_lanes, pairs.high));
+            }
+        }
+    }
+}
+
+/* sums[m][i] += over pairs n: left[m * ld + 2 n ..] times the vector at right + n * stride + i *
+ * block_stride. */
+BF16_INLINE void multiply_tile(__m512 sums[ROWS][VECS], const uint16_t *left, int64_t ld,
+                               const int32_t *right, int64_t stride, int64_t block_stride,
+                               int pairs, int num_rows, int num_vecs) {
+    for (int n = 0; n < pairs; n++) {
+        __m512i line[VECS];
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i++) {
+            line[i] = _mm512_loadu_si512(right + n * stride + i * block_stride);
+        }
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            const __m512i x = broadcast_pair(left + m * ld + 2 * n);
+            V_UNROLL
+            for (int i = 0; i < num_vecs; i++) {
+                sums[m][i] = dot_pairs(sums[m][i], x, line[i]);
+            }
+        }
+    }
+}
+
+BF16_INLINE void dot_panel_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
+                                const int32_t *right, int length, int num_rows, int num_vecs) {
+    __m512 sums[ROWS][VECS];
+    const int pairs = length / 2;
+    const int64_t block_stride = (int64_t)(length + 1) / 2 * STEP;
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i++) {
+            sums[m][i] = v_zero();
+        }
+    }
+    multiply_tile(sums, a, lda, right, STEP, block_stride, pairs, num_rows, num_vecs);
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i++) {
+            if (length % 2 != 0) {
+                /* The last element has no neighbour; that of b is 0, that of a is not ours. */
+                const __m512i x = _mm512_set1_epi32(a[m * lda + length - 1]);
+                const int32_t *last = right + pairs * STEP + i * block_stride;
+                sums[m][i] = dot_pairs(sums[m][i], x, _mm512_loadu_si512(last));
+            }
+            _mm512_storeu_ps(c + m * ldc + i * STEP, sums[m][i]);
+        }
+    }
+}
+
+static BF16_TARGET void dot_panel(float *c, int64_t ldc, const void *a_rows, int64_t lda,
+                                  const raddle_vec_panel *panel, int rows, int first, int last) {
+    const uint16_t *a = a_rows;
+    const int64_t pairs = (panel->length + 1) / 2;
+    for (int n = first; n < last;) {
+        const int vecs = last - n > (VECS - 1) * STEP ? VECS : 1;
+        const int32_t *right = (const int32_t *)panel->data + n * pairs;
+        for (int m = 0; m < rows;) {
+            const int num_rows = rows - m >= ROWS ? ROWS : 1;
+            float *to = c + m * ldc + n;
+            const uint16_t *am = a + m * lda;
+            if (num_rows == ROWS && vecs == VECS) {
+                dot_panel_tile(to, ldc, am, lda, right, panel->length, ROWS, VECS);
+            } else if (num_rows == ROWS) {
+                dot_panel_tile(to, ldc, am, lda, right, panel->length, ROWS, 1);
+            } else if (vecs == VECS) {
+                dot_panel_tile(to, ldc, am, lda, right, panel->length, 1, VECS);
+            } else {
+                dot_panel_tile(to, ldc, am, lda, right, panel->length, 1, 1);
+            }
+            m += num_rows;
+        }
+        n += vecs * STEP;
+    }
+}
+
+BF16_INLINE void add_panel_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
+                                const int32_t *right, int stride, int pairs, int width,
+                                int num_rows, int num_vecs) {
+    __m512 sums[ROWS][VECS];
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i++) {
+            const __mmask16 mask = (__mmask16)lanes_mask(width - i * PAIR_LANES);
+            sums[m][i] = _mm512_maskz_loadu_ps(mask, c + m * ldc + i * PAIR_LANES);
+        }
+    }
+    multiply_tile(sums, p, ldp, right, stride, STEP, pairs, num_rows, num_vecs);
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i++) {
+            const __mmask16 mask = (__mmask16)lanes_mask(width - i * PAIR_LANES);
+            _mm512_mask_storeu_ps(c + m * ldc + i * PAIR_LANES, mask, sums[m][i]);
+        }
+    }
+}
+
+static BF16_TARGET void add_panel(float *c, int64_t ldc, const void *p_rows, int64_t ldp,
+                                  const raddle_vec_panel *panel, int rows, int first, int last) {
+    const uint16_t *p = (const uint16_t *)p_rows + first;
+    const int stride = padded_width(panel->length);
+    const int pairs = (last - first + 1) / 2;
+    const int32_t *base = (const int32_t *)panel->data + (int64_t)(first / 2) * stride;
+    for (int d = 0; d < panel->length;) {
+        const int width = panel->length - d;
+        const int vecs = width > (VECS - 1) * STEP ? VECS : 1;
+        for (int m = 0; m < rows;) {
+            const int num_rows = rows - m >= ROWS ? ROWS : 1;
+            float *to = c + m * ldc + d;
+            const uint16_t *pm = p + m * ldp;
+            if (num_rows == ROWS && vecs == VECS) {
+                add_panel_tile(to, ldc, pm, ldp, base + d, stride, pairs, width, ROWS, VECS);
+            } else if (num_rows == ROWS) {
+                add_panel_tile(to, ldc, pm, ldp, base + d, stride, pairs, width, ROWS, 1);
+            } else if (vecs == VECS) {
+                add_panel_tile(to, ldc, pm, ldp, base + d, stride, pairs, width, 1, VECS);
+            } else {
+                add_panel_tile(to, ldc, pm, ldp, base + d, stride, pairs, width, 1, 1);
+            }
+            m += num_rows;
+        }
+        d += vecs * STEP;
+    }
+}
+
+/* ---------------------------------------------------------------- weights */
+
+static BF16_TARGET float exp2_to(void *to, const float *x, int64_t count, float scale, float max) {
+    const __m512 factor = v_set1(scale), minus_max = v_set1(-max);
+    uint16_t *weights = to;
+    __m512 sum = v_zero();
+    for (int64_t i = 0; i < count; i += PAIR_LANES) {
+        const int left = count - i < PAIR_LANES ? (int)(count - i) : PAIR_LANES;
+        const __mmask16 mask = (__mmask16)lanes_mask(left);
+        const __m512 logits = _mm512_maskz_loadu_ps(mask, x + i);
+        const __m512 y = v_exp2(v_fma(logits, factor, minus_max));
+        sum = _mm512_mask_add_ps(sum, mask, sum, y);
+        _mm256_mask_storeu_epi16(weights + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
+    }
+    return v_sum(sum);
+}
+
+const raddle_vec_block raddle_vec_block_avx512bf16 = {
+    .operand = RADDLE_BF16,
+    .dot_rows = dot_rows,
+    .add_rows = add_rows,
+    .pack_dot = pack_dot,
+    .pack_add = pack_add,
+    .dot_panel = dot_panel,
+    .add_panel = add_panel,
+    .exp2_to = exp2_to,
+};
+
+#endif
