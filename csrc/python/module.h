@@ -2,18 +2,24 @@
 #ifndef RADDLE_PYTHON_MODULE_H
 #define RADDLE_PYTHON_MODULE_H
 
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "base/status.h"
+
+/* CPython's slot and method tables hold functions as void * or as PyCFunction; ISO C only allows that as an extension. */
+#define RADDLE_SLOT(function) (__extension__(void *)(function))
+#define RADDLE_FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
 
 /* Sets the exception of raddle.errors that belongs to status, with this thread's message and log; returns NULL. */
 PyObject *raddle_raise(raddle_status status);
 
 /* Each file of csrc/python that defines types or functions has one of these, called by module.c's exec slot. */
-int raddle_py_add_tensor(PyObject *module);    /* py_tensor.c: Tensor, empty */
-int raddle_py_add_attention(PyObject *module); /* py_attention.c */
-int raddle_py_add_ops(PyObject *module);       /* py_ops.c */
-int raddle_py_add_runtime(PyObject *module);   /* py_runtime.c: Workspace, Graph */
-int raddle_py_add_system(PyObject *module);    /* py_system.c: doctor's facts, cache, warmup, counters */
+int raddle_py_add_tensor(PyObject *module); /* py_tensor.c: Tensor, empty, from_dlpack, tensor_info, alloc_live */
+int raddle_py_add_attention(PyObject *module) __attribute__((weak)); /* py_attention.c */
+int raddle_py_add_ops(PyObject *module) __attribute__((weak));       /* py_ops.c */
+int raddle_py_add_runtime(PyObject *module) __attribute__((weak));   /* py_runtime.c: Workspace, Graph */
+/* py_system.c: doctor's facts, cache, warmup, counters */
+int raddle_py_add_system(PyObject *module) __attribute__((weak));
 
 #endif
