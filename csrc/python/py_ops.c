@@ -503,6 +503,9 @@ static int kind_of_setting(PyObject *object) {
     if (PyFloat_CheckExact(object) || PyLong_CheckExact(object)) {
         return 0;
     }
+    if (PyUnicode_Check(object) || PyBytes_Check(object)) {
+        return 0; /* refused as a number */
+    }
     if (PyList_Check(object) || PyTuple_Check(object)) {
         return 1;
     }
