@@ -1,0 +1,12 @@
+"""A torch-free engine: Llama-shaped models over raddle's paged attention.
+
+Needs `pip install 'raddle[engine]'` for models with a tokenizer; NumPy alone runs dummy weights.
+"""
+
+from .config import ModelConfig
+from .engine import Engine
+from .reply import Output, TokenLogprob
+from .sampling import SamplingParams
+from .tokenizer import Tokenizer
+
+__all__ = ["Engine", "ModelConfig", "Output", "SamplingParams", "TokenLogprob", "Tokenizer"]

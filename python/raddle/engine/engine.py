@@ -1,0 +1,424 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+    engine = Engine.from_folder("path/to/model")
+    engine.add_request("Once upon a time", SamplingParams(max_tokens=32))
+    while engine.has_work:
+        for output in engine.step():
+            print(output.text, end="")
+
+One thread at a time. A step that is broken off (Ctrl-C, an error) loses nothing: the next one
+computes again what it needs from the tokens that are known.
+"""
+
+import itertools
+import random
+
+from ..errors import ArgumentError, CapacityError, StateError, UnsupportedError
+from .config import DTYPES, ModelConfig
+from .memory import build_cache
+from .model import Model
+from .reply import Reply, TokenLogprob
+from .runner import Runner
+from .sampling import SamplingParams, SamplingTable
+from .scheduler import Scheduler, Sequence, Step
+from .tokenizer import Tokenizer
+from .weights import DummyWeights, open_weights
+
+_GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of the n answers to one prompt
+
+
+class Engine:
+    """Runs one model. Made by from_folder or with_dummy_weights, whose options are these:
+
+    device: "cpu", "cuda" or "cuda:1". dtype: of weights, activations and KV; default: the model's.
+    max_batch: answers that are written at once. max_tokens_per_step: tokens of one forward pass,
+    decodes and pieces of prompts together (default 2048). max_model_len: longest prompt and answer
+    together (default and most: the model's context). page_size: tokens of a KV page.
+    kv_memory_bytes: of the KV cache (default: what max_batch full contexts need, at most a quarter
+    of the machine's memory, or nine tenths of a GPU's free memory). seed: of the requests that
+    bring none (default: a different one each time).
+    """
+
+    def __init__(
+        self,
+        config,
+        source,
+        tokenizer=None,
+        *,
+        device="cpu",
+        dtype=None,
+        max_batch=64,
+        max_tokens_per_step=2048,
+        max_model_len=None,
+        page_size=16,
+        kv_memory_bytes=None,
+        seed=None,
+        communicator=None,
+        progress=None,
+    ):
+        dtype = dtype or config.dtype
+        if dtype not in DTYPES:
+            raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        _check_size("max_batch", max_batch)
+        _check_size("page_size", page_size)
+        _check_size("max_tokens_per_step", max_tokens_per_step)
+        max_tokens = max(max_tokens_per_step, max_batch)
+        context = config.max_position_embeddings
+        if max_model_len is not None:
+            _check_size("max_model_len", max_model_len)
+            if max_model_len > context:
+                raise CapacityError(
+                    f"max_model_len: {max_model_len} is more than the model's context of {context}"
+                )
+            context = max_model_len
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ArgumentError(
+                f"tokenizer.json: has token ids up to {tokenizer.vocab_size - 1}, config.json has "
+                f"a vocab_size of {config.vocab_size}: they are not of one model"
+            )
+        self.config, self.tokenizer, self.device, self.dtype = config, tokenizer, device, dtype
+        self.max_batch = max_batch
+        try:
+            self._model = Model(
+                config,
+                source,
+                device=device,
+                dtype=dtype,
+                max_tokens=max_tokens,
+                max_rows=max_batch,
+                max_positions=context,
+                communicator=communicator,
+                progress=progress,
+            )
+        finally:
+            source.close()
+        self.cache = build_cache(
+            self._model, context, max_batch, max_tokens, page_size, kv_memory_bytes
+        )
+        self.max_model_len = min(context, self.cache.max_length)
+        self._runner = Runner(self._model, self.cache, max_batch, max_tokens)
+        self._sampling = SamplingTable(max_batch)
+        self._scheduler = Scheduler(self.cache, max_tokens, self._admitted)
+        self._requests = {}  # id -> its unfinished sequences
+        self._ids = itertools.count()
+        self._random = random.Random(seed)
+        self._outputs = []
+        self._is_interrupted = False
+        self.num_prompt_tokens = self.num_output_tokens = self.num_steps = 0
+
+    @classmethod
+    def from_folder(cls, folder, **options):
+        """Load a Hugging Face model folder: config.json, safetensors, tokenizer.json.
+
+        RaddleIOError for missing or damaged files, ShapeError for a tensor of another shape than
+        config.json says, UnsupportedError for models of other kinds; each names file and tensor.
+        """
+        config = ModelConfig.from_folder(folder)
+        return cls(config, open_weights(folder), Tokenizer(folder), **options)
+
+    @classmethod
+    def with_dummy_weights(cls, config, *, weights_seed=0, tokenizer=None, **options):
+        """A model of random weights, of any shape and without a file.
+
+        config: what config.json would hold. Without a tokenizer (a Tokenizer), prompts are token
+        ids and answers have no text.
+        """
+        config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
+        source = DummyWeights(weights_seed, config.initializer_range)
+        return cls(config, source, tokenizer, **options)
+
+    # ---- requests
+
+    def add_request(self, prompt, params=None, *, request_id=None):
+        """Queue a prompt; returns the request's id (request_id, or a number).
+
+        prompt: a text, a list of token ids, or chat messages [{"role": .., "content": ..}, ..],
+        which the model's chat template turns into a text. ArgumentError or CapacityError for what
+        cannot be answered; nothing is queued then.
+        """
+        params = params or SamplingParams()
+        tokens = self.tokenize(prompt)
+        if len(tokens) >= self.max_model_len:
+            raise CapacityError(
+                f"prompt: {len(tokens)} tokens do not fit the context of {self.max_model_len} "
+                "tokens with room for an answer; shorten it"
+            )
+        if params.n > self.max_batch:
+            raise CapacityError(
+                f"n: {params.n} is more than max_batch, {self.max_batch}"
+            )
+        if self.tokenizer is None and params.stop:
+            raise UnsupportedError("stop: an engine without tokenizer knows no texts")
+        request_id = next(self._ids) if request_id is None else request_id
+        if request_id in self._requests:
+            raise ArgumentError(f"request_id: {request_id!r} is being answered already")
+        length = self.max_model_len
+        if params.max_tokens is not None:
+            length = min(length, len(tokens) + params.max_tokens)
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        sequences = [
+            Sequence(request_id, i, params, tokens, _signed(seed + i * _GOLDEN), length)
+            for i in range(params.n)
+        ]
+        for sequence in sequences:
+            sequence.reply = Reply(request_id, params, self.tokenizer, self.config.eos_token_ids)
+        sequences[0].pending = sequences[1:]
+        self._requests[request_id] = sequences
+        self._scheduler.add(sequences[0])
+        self.num_prompt_tokens += len(tokens)
+        return request_id
+
+    def tokenize(self, prompt):
+        """The token ids of a prompt, checked."""
+        if isinstance(prompt, str):
+            tokens = self._need_tokenizer().encode(prompt)
+        elif isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
+            text = self._need_tokenizer().chat_template.render(list(prompt))
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        else:
+            tokens = self._check_ids(prompt)
+        if not tokens:
+            raise ArgumentError("prompt: is empty; expected at least one token")
+        return tokens
+
+    def abort(self, request_id):
+        """Drop a request and free what it holds; False when it is not, or no longer, known."""
+        sequences = self._requests.pop(request_id, None)
+        for sequence in sequences or ():
+            self._scheduler.finish(sequence)
+        return sequences is not None
+
+    @property
+    def has_work(self):
+        return bool(self._requests or self._outputs)
+
+    @property
+    def num_waiting(self):
+        """Requests that no step has touched yet, or that gave their pages back."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_preemptions(self):
+        return self._scheduler.num_preemptions
+
+    # ---- steps
+
+    def step(self):
+        """One forward pass; returns the Outputs of the answers that have news."""
+        if self._is_interrupted:
+            self._restart()
+        step = self._scheduler.schedule()
+        if step is None:
+            if self._requests:
+                raise StateError("the scheduler has requests but nothing to do")
+            return self._take_outputs()
+        self._is_interrupted = True
+        logits = self._runner.run(step)
+        self._finish_step(step, logits)
+        self._is_interrupted = False
+        self.num_steps += 1
+        return self._take_outputs()
+
+    def generate(self, prompts, params=None, progress=None):
+        """Answer a list of prompts; returns a list of lists of Output, n for each prompt.
+
+        params: one SamplingParams for all, or one each. progress: called with the number of
+        prompts done, after each step.
+        """
+        import dataclasses
+
+        params = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ArgumentError(f"params: {len(params)} for {len(prompts)} prompts")
+        ids, results, others = [], {}, []
+        try:
+            for prompt, one in zip(prompts, params):
+                one = dataclasses.replace(one or SamplingParams(), stream=False)
+                ids.append(self.add_request(prompt, one))
+                results[ids[-1]] = [None] * one.n
+            num_done = 0
+            while num_done < len(ids):
+                for output in self.step():
+                    answers = results.get(output.request_id)
+                    if answers is None:
+                        others.append(output)
+                        continue
+                    answers[output.index] = output
+                    num_done += None not in answers
+                if progress is not None:
+                    progress(num_done)
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        finally:
+            self._outputs = others + self._outputs  # of requests that were there before
+        return [results[request_id] for request_id in ids]
+
+    def logits(self, token_ids):
+        """Float32 [len(token_ids), vocab_size]: the model's word on what follows each token.
+
+        Runs at once, beside whatever is being answered, in pages that are free at the moment.
+        """
+        import numpy as np
+
+        tokens = self._check_ids(token_ids)
+        if len(tokens) > self.max_model_len:
+            raise CapacityError(
+                f"token_ids: {len(tokens)} tokens, the context has {self.max_model_len}"
+            )
+        if not self.cache.num_free_slots:
+            raise CapacityError("logits: all slots are taken; step until a request is done")
+        sequence = Sequence(None, 0, None, tokens, 0, len(tokens))
+        sequence.slot = self.cache.take_slot()
+        pieces = []
+        try:
+            while sequence.computed < len(tokens):
+                count = min(self.max_batch, len(tokens) - sequence.computed)
+                if not self.cache.grow(sequence.slot, sequence.computed + count):
+                    raise CapacityError(
+                        "logits: the KV cache is full; step until some are done"
+                    )
+                step = Step([], np.zeros(0, np.int64), [(sequence, count)])
+                pieces.append(_to_host(self._runner.run(step, all_rows=True)).copy())
+                sequence.computed += count
+                self.cache.lengths[sequence.slot] = sequence.computed
+        finally:
+            self.cache.free_slot(sequence.slot)
+        return np.concatenate(pieces) if pieces else np.zeros((0, self.config.vocab_size), "f4")
+
+    # ---- inside a step
+
+    def _admitted(self, sequence):
+        self._sampling.set(sequence.slot, sequence.params, sequence.seed)
+
+    def _finish_step(self, step, logits):
+        self._scheduler.commit(step)
+        if not step.samples:
+            return
+        sequences = [sequence for sequence, _ in step.samples]
+        ids = self._draw(logits, sequences)
+        logprobs = self._logprobs(logits, ids, sequences)
+        finished = []
+        for i, (sequence, token) in enumerate(zip(sequences, ids)):
+            if token < 0:
+                sequence.finish_reason = "error"
+            else:
+                sequence.tokens.append(token)
+                sequence.reply.advance(sequence, logprobs.get(i))
+                self.num_output_tokens += 1
+            output = sequence.reply.output(sequence)
+            if output is not None:
+                self._outputs.append(output)
+            if sequence.finish_reason is not None:
+                finished.append(sequence)
+        for sequence in finished:
+            self._retire(sequence)
+
+    def _retire(self, sequence):
+        self._scheduler.finish(sequence)
+        left = self._requests[sequence.request]
+        left.remove(sequence)
+        if not left:
+            del self._requests[sequence.request]
+
+    def _draw(self, logits, sequences):
+        """A token for each row; -1 where a row is no distribution (the model overflowed)."""
+        import numpy as np
+
+        slots = np.array([sequence.slot for sequence in sequences])
+        offsets = np.array([len(s.tokens) - s.num_prompt for s in sequences], np.int64)
+        try:
+            return _to_host(self._sampling.sample(logits, slots, offsets)).tolist()
+        except ArgumentError:
+            host = _to_host(logits)
+            good = (host.max(axis=1) > -np.inf).nonzero()[0]  # false for NaN too
+            if len(good) == len(slots):
+                raise
+        ids = np.full(len(slots), -1, np.int32)
+        if len(good):
+            drawn = self._sampling.sample(host[good], slots[good], offsets[good])
+            ids[good] = _to_host(drawn)
+        return ids.tolist()
+
+    def _logprobs(self, logits, ids, sequences):
+        """{row: TokenLogprob} of the rows whose request wants them."""
+        import numpy as np
+
+        from .. import ops
+
+        tops = {
+            i: sequence.params.logprobs
+            for i, sequence in enumerate(sequences)
+            if sequence.params.logprobs is not None and ids[i] >= 0
+        }
+        if not tops:
+            return {}
+        rows = np.array(list(tops), np.int32)
+        picked = np.array(ids, np.int32)[rows]
+        wanted = ops.embedding(rows, logits)  # a gather of rows
+        top = max(tops.values())
+        parts = ops.token_logprobs(wanted, picked, top=top)
+        own, top_ids, top_logprobs = (_to_host(part).tolist() for part in parts)
+        return {
+            row: TokenLogprob(
+                int(picked[i]), own[i], list(zip(top_ids[i], top_logprobs[i]))[: tops[row]]
+            )
+            for i, row in enumerate(tops)
+        }
+
+    def _restart(self):
+        """After a step that was broken off: retire what is done, compute the rest again."""
+        self._scheduler.restart([])
+        for sequences in list(self._requests.values()):
+            for sequence in list(sequences):
+                sequence.slot, sequence.pending = None, []
+                if sequence.finish_reason is not None:
+                    output = sequence.reply.output(sequence)
+                    if output is not None:
+                        self._outputs.append(output)
+                    self._retire(sequence)
+                else:
+                    # A token that the reply has not seen is drawn again, and is the same.
+                    del sequence.tokens[sequence.num_prompt + sequence.reply.num_seen :]
+        self._scheduler.restart([s for group in self._requests.values() for s in group])
+        self._is_interrupted = False
+
+    def _take_outputs(self):
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _need_tokenizer(self):
+        if self.tokenizer is None:
+            raise UnsupportedError("prompt: an engine without tokenizer takes token ids only")
+        return self.tokenizer
+
+    def _check_ids(self, ids):
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(ids, (list, tuple)):
+            raise ArgumentError(
+                f"prompt: expected a text, token ids or chat messages, got {type(ids).__name__}"
+            )
+        limit = self.config.vocab_size
+        for i, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < limit:
+                raise ArgumentError(
+                    f"prompt: {token!r} at position {i} is no token id from 0 to {limit - 1}"
+                )
+        return list(ids)
+
+
+def _check_size(name, value):
+    if type(value) is not int or value < 1:
+        raise ArgumentError(f"{name}: expected an integer of 1 or more, got {value!r}")
+
+
+def _signed(value):
+    """The int64 with the low 64 bits of value."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _to_host(tensor):
+    tensor = tensor if getattr(tensor, "device", "cpu") == "cpu" else tensor.to("cpu")
+    return tensor.numpy() if hasattr(tensor, "numpy") else tensor

@@ -1,0 +1,198 @@
+"""Which tokens run in the next step.
+
+Every running sequence has tokens (prompt and output) and a count of those whose K and V are in the
+cache. One missing token is a decode, more are a prompt still to be read, in chunks. A step takes
+all decodes first, then chunks, then admits waiting sequences in their order, until the step's token
+budget, the slots or the pages are used up. When a sequence needs a page and none is free, the
+sequence admitted last gives all its pages back and waits to be read again from its tokens.
+
+Nothing here touches a tensor. A sequence can always begin again from its tokens alone: that is what
+preemption does to one, and `restart` to all after a step that was broken off (Ctrl-C).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Sequence:
+    """One line of output tokens of one request."""
+
+    __slots__ = (
+        "request",
+        "index",
+        "params",
+        "tokens",
+        "num_prompt",
+        "seed",
+        "slot",
+        "computed",
+        "pending",
+        "max_length",
+        "reply",
+        "finish_reason",
+    )
+
+    def __init__(self, request, index, params, tokens, seed, max_length):
+        self.request = request
+        self.index = index
+        self.params = params
+        self.tokens = list(tokens)
+        self.num_prompt = len(tokens)
+        self.seed = seed
+        self.max_length = max_length  # of tokens, prompt included
+        self.slot = None
+        self.computed = 0  # leading tokens whose K and V are in the cache
+        self.pending = []  # siblings that begin when this one's prompt is read
+        self.reply = None  # what the engine keeps of its text
+        self.finish_reason = None
+
+
+@dataclass
+class Step:
+    """One forward pass: a row per decode, then the rows of each chunk.
+
+    decodes: sequences with one missing token; chunks: (sequence, number of tokens);
+    samples: (sequence, row) whose next token is drawn from the logits of that row.
+    """
+
+    decodes: list
+    decode_slots: Any  # their slots, an int64 array
+    chunks: list = field(default_factory=list)
+    samples: list = field(default_factory=list)
+
+    @property
+    def num_tokens(self):
+        return len(self.decodes) + sum(count for _, count in self.chunks)
+
+
+class Scheduler:
+    """Continuous batching over the slots and pages of a KVCache."""
+
+    def __init__(self, cache, max_tokens_per_step, on_admit=None):
+        self.cache = cache
+        self.max_tokens_per_step = max_tokens_per_step
+        self.waiting = deque()
+        self.running = []  # in the order of admission
+        self.num_preemptions = 0
+        self._on_admit = on_admit or (lambda sequence: None)
+
+    def add(self, sequence):
+        """Queue a sequence; its pending siblings come with it."""
+        self.waiting.append(sequence)
+
+    def schedule(self):
+        """The next Step, or None when there is nothing to do."""
+        step = self._take_decodes()
+        budget = self.max_tokens_per_step - len(step.decodes)
+        budget = self._take_chunks(step, budget)
+        self._admit(step, budget)
+        if not step.num_tokens:
+            return None
+        step.samples = [(sequence, row) for row, sequence in enumerate(step.decodes)]
+        row = len(step.decodes)
+        for sequence, count in step.chunks:
+            row += count
+            if sequence.computed + count == len(sequence.tokens):
+                step.samples.append((sequence, row - 1))
+                step.samples.extend((sibling, row - 1) for sibling in sequence.pending)
+        return step
+
+    def commit(self, step):
+        """The step has run: count its tokens as written, and start the siblings it brought."""
+        for sequence in step.decodes:
+            sequence.computed += 1
+        self.cache.lengths[step.decode_slots] += 1
+        for sequence, count in step.chunks:
+            sequence.computed += count
+            self.cache.lengths[sequence.slot] = sequence.computed
+            if sequence.pending and sequence.computed == len(sequence.tokens):
+                self._start_siblings(sequence)
+
+    def finish(self, sequence):
+        """Take a sequence out, wherever it is, and free what it and its pending siblings hold."""
+        if sequence.slot is not None:
+            self._free(sequence)
+            if sequence in self.running:
+                self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def restart(self, sequences):
+        """Begin again from these sequences' tokens, whatever an interrupted step left behind."""
+        self.cache.clear()
+        self.running = []
+        self.waiting = deque(sequences)
+        for sequence in sequences:
+            sequence.slot, sequence.computed, sequence.pending = None, 0, []
+
+    def _take_decodes(self):
+        import numpy as np
+
+        decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
+        slots = np.array([s.slot for s in decodes], np.int64)
+        preemptions = self.num_preemptions
+        for i in self.cache.slots_to_grow(slots):
+            sequence = decodes[i]
+            while sequence.slot is not None:
+                if self.cache.grow(sequence.slot, sequence.computed + 1):
+                    break
+                self._preempt(self.running[-1])
+        if self.num_preemptions != preemptions:
+            decodes = [s for s in decodes if s.slot is not None]
+            slots = np.array([s.slot for s in decodes], np.int64)
+        return Step(decodes, slots)
+
+    def _take_chunks(self, step, budget):
+        for sequence in list(self.running):
+            missing = 0 if sequence.slot is None else len(sequence.tokens) - sequence.computed
+            count = min(missing, budget)
+            if missing == 1 or count == 0:
+                continue
+            while not self.cache.grow(sequence.slot, sequence.computed + count):
+                youngest = self.running[-1]
+                if step.decodes or youngest is sequence:
+                    # It waits with what it holds: others get on, and will free pages for it.
+                    return 0
+                self._preempt(youngest)
+            step.chunks.append((sequence, count))
+            budget -= count
+        return budget
+
+    def _admit(self, step, budget):
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            num_tokens = len(sequence.tokens)
+            if self.cache.num_free_slots < 1 + len(sequence.pending):
+                return
+            if self.running and not self.cache.has_room(num_tokens + 1):
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            for member in (sequence, *sequence.pending):
+                member.slot = self.cache.take_slot()
+                self._on_admit(member)
+            count = min(num_tokens, budget)
+            is_grown = self.cache.grow(sequence.slot, count)
+            assert is_grown, "a sequence that runs alone, or has room, must fit"
+            step.chunks.append((sequence, count))
+            budget -= count
+
+    def _start_siblings(self, sequence):
+        pending, sequence.pending = sequence.pending, []
+        for sibling in pending:
+            self.cache.fork(sequence.slot, sibling.slot)
+            sibling.computed = sequence.computed
+            self.running.append(sibling)
+
+    def _preempt(self, sequence):
+        self.running.remove(sequence)
+        self._free(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _free(self, sequence):
+        for member in (sequence, *sequence.pending):
+            self.cache.free_slot(member.slot)
+            member.slot = None
+            member.computed = 0
