@@ -1,49 +1,19 @@
-/* py_attention.c - raddle._core.AttentionPlan and the functions of the attention family.
+/* py_attention.c - raddle._core.AttentionPlan.
  *
  * Everything here is positional: words, defaults and docstrings live in python/raddle/attention.py.
  */
-#include "python/module.h"
+#include "python/py_attention.h"
 
 #include <string.h>
 
 #include "attention/attention.h"
 #include "base/alloc.h"
-#include "python/tensor_arg.h"
 
 typedef struct attention_plan_object {
     PyObject_HEAD raddle_plan *plan;
     raddle_kv_layout layout;
     bool is_cpu;
 } attention_plan_object;
-
-static int parse_layout(const char *text, raddle_kv_layout *out_layout) {
-    if (strcmp(text, "NHD") == 0 || strcmp(text, "HND") == 0) {
-        *out_layout = text[0] == 'N' ? RADDLE_NHD : RADDLE_HND;
-        return 0;
-    }
-    raddle_raise(
-        raddle_fail(RADDLE_ERR_VALUE, "kv_layout: expected \"NHD\" or \"HND\", got \"%s\"", text));
-    return -1;
-}
-
-static int parse_lse_base(const char *text, raddle_lse_base *out_base) {
-    if (strcmp(text, "2") == 0 || strcmp(text, "e") == 0) {
-        *out_base = text[0] == '2' ? RADDLE_LSE_BASE_2 : RADDLE_LSE_BASE_E;
-        return 0;
-    }
-    raddle_raise(
-        raddle_fail(RADDLE_ERR_VALUE, "lse_base: expected \"2\" or \"e\", got \"%s\"", text));
-    return -1;
-}
-
-/* Arrays of 16-bit floats and the like reach NumPy users as uint16: their bits are read as the
- * planned dtype. */
-static void read_bits_as(raddle_tensor_arg *arg, raddle_dtype dtype) {
-    if (arg->view != NULL && arg->tensor.dtype == RADDLE_U16 &&
-        (dtype == RADDLE_BF16 || dtype == RADDLE_F16)) {
-        arg->tensor.dtype = dtype;
-    }
-}
 
 /* ------------------------------------------------------------------ construction */
 
@@ -74,7 +44,8 @@ static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
         raddle_dtype_from_object(kv_dtype, "kv_dtype", &spec.kv_dtype) < 0 ||
         raddle_dtype_from_object(o_dtype, "o_dtype", &spec.o_dtype) < 0 ||
         raddle_device_from_object(device, "device", &spec.device) < 0 ||
-        parse_layout(layout_text, &layout) < 0 || parse_lse_base(base_text, &spec.lse_base) < 0) {
+        raddle_py_parse_layout(layout_text, &layout) < 0 ||
+        raddle_py_parse_lse_base(base_text, &spec.lse_base) < 0) {
         return NULL;
     }
     raddle_plan *plan = NULL;
@@ -156,34 +127,6 @@ static PyObject *plan_workspace_size(attention_plan_object *self, void *closure)
 
 /* ------------------------------------------------------------------ update */
 
-static int check_count(const char *function, Py_ssize_t given, Py_ssize_t wanted) {
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "%s() takes %zd arguments, got %zd", function, wanted, given);
-        return -1;
-    }
-    return 0;
-}
-
-static void close_args(raddle_tensor_arg *args, int count) {
-    for (int i = 0; i < count; i++) {
-        raddle_tensor_arg_close(&args[i]);
-    }
-}
-
-/* Opens count objects in order. On failure nothing stays open. */
-static int open_args(PyObject *const *objects, const char *const *names, const int *access,
-                     int count, raddle_tensor_arg *args) {
-    memset(args, 0, (size_t)count * sizeof *args);
-    for (int i = 0; i < count; i++) {
-        if (raddle_tensor_arg_open(objects[i], names[i], access[i], RADDLE_DTYPE_NONE, &args[i]) <
-            0) {
-            close_args(args, i);
-            return -1;
-        }
-    }
-    return 0;
-}
-
 PyDoc_STRVAR(plan_update_doc,
              "update(qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream, /)\n"
              "--\n\nCompute the schedule of a batch and send it to the device.");
@@ -196,14 +139,14 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
                                  RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL};
     enum { NUM = 6 };
     raddle_tensor_arg args[NUM];
-    if (check_count("update", count, NUM + 1) < 0 ||
-        open_args(objects, names, access, NUM, args) < 0) {
+    if (raddle_py_check_count("update", count, NUM + 1) < 0 ||
+        raddle_py_open_args(objects, names, access, NUM, args) < 0) {
         return NULL;
     }
     raddle_stream stream = NULL;
     raddle_status status = RADDLE_OK;
     if (raddle_stream_from_args(objects[NUM], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
+        raddle_py_close_args(args, NUM);
         return NULL;
     }
     const raddle_attention_batch batch = {
@@ -218,7 +161,7 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
     Py_BEGIN_ALLOW_THREADS;
     status = raddle_attention_plan_update(self->plan, &batch, stream);
     Py_END_ALLOW_THREADS;
-    close_args(args, NUM);
+    raddle_py_close_args(args, NUM);
     if (status != RADDLE_OK) {
         return raddle_raise(status);
     }
@@ -226,24 +169,6 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
 }
 
 /* ------------------------------------------------------------------ run */
-
-/* The result: the caller's own tensor, or a new one of q's kind. New reference. */
-static PyObject *open_result(PyObject *given, PyObject *like, const char *name,
-                             const int64_t *shape, int ndim, raddle_dtype dtype,
-                             raddle_device device, raddle_tensor_arg *arg) {
-    PyObject *object = given == Py_None
-                           ? raddle_tensor_arg_new_like(like, shape, ndim, dtype, device)
-                           : Py_NewRef(given);
-    if (object == NULL) {
-        return NULL;
-    }
-    if (raddle_tensor_arg_open(object, name, RADDLE_ARG_WRITE, RADDLE_DTYPE_NONE, arg) < 0) {
-        Py_DECREF(object);
-        return NULL;
-    }
-    read_bits_as(arg, dtype);
-    return object;
-}
 
 PyDoc_STRVAR(plan_run_doc, "run(q, k_or_kv, v, out, lse, return_lse, stream, /)\n--\n\n"
                            "Attention of the planned batch; capture-safe when out is given.");
@@ -259,16 +184,17 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
     raddle_kv_cache cache;
     raddle_stream stream = NULL;
     raddle_status status = RADDLE_OK;
-    if (check_count("run", count, 7) < 0 || open_args(objects, names, access, 3, args) < 0) {
+    if (raddle_py_check_count("run", count, 7) < 0 ||
+        raddle_py_open_args(objects, names, access, 3, args) < 0) {
         return NULL;
     }
     const int want_lse = PyObject_IsTrue(objects[5]);
     if (want_lse < 0) {
         goto out;
     }
-    read_bits_as(&args[Q], plan->config.q_dtype);
-    read_bits_as(&args[K], plan->config.kv_dtype);
-    read_bits_as(&args[V], plan->config.kv_dtype);
+    raddle_py_read_bits_as(&args[Q], plan->config.q_dtype);
+    raddle_py_read_bits_as(&args[K], plan->config.kv_dtype);
+    raddle_py_read_bits_as(&args[V], plan->config.kv_dtype);
     if (plan->base.state != RADDLE_PLAN_PLANNED) {
         /* The core says it better, and before a result of unknown shape is made. */
         status = raddle_plan_enter(self->plan, RADDLE_PLAN_PLANNED);
@@ -286,14 +212,14 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
     }
     const int64_t rows = plan->host.header->num_qo_tokens;
     const int64_t shape[3] = {rows, plan->config.num_qo_heads, plan->config.head_dim_vo};
-    out = open_result(objects[3], objects[0], "out", shape, 3, plan->config.o_dtype,
-                      plan->base.device, &args[OUT]);
+    out = raddle_py_open_result(objects[3], objects[0], "out", shape, 3, plan->config.o_dtype,
+                                plan->base.device, &args[OUT]);
     if (out == NULL) {
         goto out;
     }
     if (want_lse || objects[4] != Py_None) {
-        lse = open_result(objects[4], objects[0], "lse", shape, 2, RADDLE_F32, plan->base.device,
-                          &args[LSE]);
+        lse = raddle_py_open_result(objects[4], objects[0], "lse", shape, 2, RADDLE_F32,
+                                    plan->base.device, &args[LSE]);
         if (lse == NULL) {
             goto out;
         }
@@ -321,7 +247,7 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
     }
     result = want_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
 out:
-    close_args(args, NUM);
+    raddle_py_close_args(args, NUM);
     Py_XDECREF(out);
     Py_XDECREF(lse);
     return result;
@@ -394,235 +320,6 @@ static PyType_Spec plan_spec = {
     .slots = plan_slots,
 };
 
-/* ------------------------------------------------------------------ functions */
-
-static PyObject *finish(raddle_status status, raddle_tensor_arg *args, int count) {
-    close_args(args, count);
-    if (status != RADDLE_OK) {
-        return raddle_raise(status);
-    }
-    Py_RETURN_NONE;
-}
-
-PyDoc_STRVAR(merge_state_doc, "attention_merge_state(v_a, s_a, v_b, s_b, mask, v_out, s_out, "
-                              "lse_base, stream, /)\n--\n\nJoin two partial attentions.");
-
-static PyObject *merge_state(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"v_a", "s_a", "v_b", "s_b", "mask", "v_out", "s_out"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ,     RADDLE_ARG_READ,
-                                 RADDLE_ARG_READ, RADDLE_ARG_OPTIONAL, RADDLE_ARG_WRITE,
-                                 RADDLE_ARG_WRITE};
-    enum { NUM = 7 };
-    (void)module;
-    raddle_tensor_arg args[NUM];
-    raddle_lse_base base;
-    raddle_stream stream = NULL;
-    if (check_count("attention_merge_state", count, NUM + 2) < 0) {
-        return NULL;
-    }
-    const char *text = PyUnicode_AsUTF8(objects[NUM]);
-    if (text == NULL || parse_lse_base(text, &base) < 0 ||
-        open_args(objects, names, access, NUM, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[NUM + 1], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
-        return NULL;
-    }
-    return finish(raddle_attention_merge_state(args[0].view, args[1].view, args[2].view,
-                                               args[3].view, args[4].view, args[5].view,
-                                               args[6].view, base, stream),
-                  args, NUM);
-}
-
-PyDoc_STRVAR(merge_states_doc, "attention_merge_states(v, s, v_out, s_out, lse_base, stream, /)\n"
-                               "--\n\nJoin any number of partial attentions.");
-
-static PyObject *merge_states(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"v", "s", "v_out", "s_out"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
-                                 RADDLE_ARG_WRITE};
-    enum { NUM = 4 };
-    (void)module;
-    raddle_tensor_arg args[NUM];
-    raddle_lse_base base;
-    raddle_stream stream = NULL;
-    if (check_count("attention_merge_states", count, NUM + 2) < 0) {
-        return NULL;
-    }
-    const char *text = PyUnicode_AsUTF8(objects[NUM]);
-    if (text == NULL || parse_lse_base(text, &base) < 0 ||
-        open_args(objects, names, access, NUM, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[NUM + 1], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
-        return NULL;
-    }
-    return finish(raddle_attention_merge_states(args[0].view, args[1].view, args[2].view,
-                                                args[3].view, base, stream),
-                  args, NUM);
-}
-
-/* k, v, cache (or its K half) and V half or None, then the index tensors: what both appends share.
- * Rows that NumPy holds as uint16 are bits of the cache's dtype, or of dtype when that is known. */
-static raddle_status open_cache(raddle_tensor_arg *args, raddle_kv_layout layout,
-                                raddle_dtype dtype, raddle_kv_cache *out_cache) {
-    for (int i = 0; i < 4; i++) {
-        read_bits_as(&args[i], dtype);
-    }
-    const raddle_tensor *cache = args[2].view;
-    const int token_axis = (layout == RADDLE_NHD ? 1 : 2) + (args[3].view == NULL ? 1 : 0);
-    RADDLE_REQUIRE(
-        cache->ndim > token_axis && cache->shape[token_axis] <= INT32_MAX, RADDLE_ERR_SHAPE,
-        "kv_cache: expected [num_pages, 2, ...] of 5 dimensions or a (k, v) pair of 4, got "
-        "%d dimensions",
-        (int)cache->ndim);
-    return raddle_kv_cache_from_tensors(cache, args[3].view, layout,
-                                        (int32_t)cache->shape[token_axis], out_cache);
-}
-
-/* A cache whose dtype NumPy cannot name is given by the word dtype (None: as the tensors say). */
-static int parse_append(PyObject *layout_object, PyObject *dtype_object,
-                        raddle_kv_layout *out_layout, raddle_dtype *out_dtype) {
-    const char *text = PyUnicode_AsUTF8(layout_object);
-    if (text == NULL || parse_layout(text, out_layout) < 0) {
-        return -1;
-    }
-    return raddle_dtype_from_object(dtype_object, "dtype", out_dtype);
-}
-
-PyDoc_STRVAR(append_doc, "attention_append(k, v, k_or_kv_cache, v_cache, batch_indices, positions, "
-                         "indptr, indices, kv_layout, dtype, stream, /)\n--\n\n"
-                         "Write rows into a paged cache by request and position.");
-
-static PyObject *append(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {
-        "k", "v", "kv_cache", "kv_cache", "batch_indices", "positions", "indptr", "indices"};
-    static const int access[] = {
-        RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE, RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL,
-        RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ,  RADDLE_ARG_READ};
-    enum { NUM = 8 };
-    (void)module;
-    raddle_tensor_arg args[NUM];
-    raddle_kv_layout layout;
-    raddle_dtype dtype;
-    raddle_kv_cache cache;
-    raddle_stream stream = NULL;
-    if (check_count("attention_append", count, NUM + 3) < 0 ||
-        parse_append(objects[NUM], objects[NUM + 1], &layout, &dtype) < 0 ||
-        open_args(objects, names, access, NUM, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[NUM + 2], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
-        return NULL;
-    }
-    raddle_status status = open_cache(args, layout, dtype, &cache);
-    if (status == RADDLE_OK) {
-        status = raddle_attention_append(args[0].view, args[1].view, args[4].view, args[5].view,
-                                         args[6].view, args[7].view, &cache, stream);
-    }
-    return finish(status, args, NUM);
-}
-
-PyDoc_STRVAR(append_slots_doc, "attention_append_slots(k, v, k_or_kv_cache, v_cache, slot_mapping, "
-                               "kv_layout, dtype, stream, /)\n--\n\n"
-                               "Write rows into a paged cache by slot.");
-
-static PyObject *append_slots(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"k", "v", "kv_cache", "kv_cache", "slot_mapping"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
-                                 RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL, RADDLE_ARG_READ};
-    enum { NUM = 5 };
-    (void)module;
-    raddle_tensor_arg args[NUM];
-    raddle_kv_layout layout;
-    raddle_dtype dtype;
-    raddle_kv_cache cache;
-    raddle_stream stream = NULL;
-    if (check_count("attention_append_slots", count, NUM + 3) < 0 ||
-        parse_append(objects[NUM], objects[NUM + 1], &layout, &dtype) < 0 ||
-        open_args(objects, names, access, NUM, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[NUM + 2], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
-        return NULL;
-    }
-    raddle_status status = open_cache(args, layout, dtype, &cache);
-    if (status == RADDLE_OK) {
-        status =
-            raddle_attention_append_slots(args[0].view, args[1].view, args[4].view, &cache, stream);
-    }
-    return finish(status, args, NUM);
-}
-
-PyDoc_STRVAR(seq_lens_doc,
-             "attention_seq_lens(indptr, last_page_len, page_size, out, stream, /)\n--\n\n"
-             "Tokens of each request.");
-
-static PyObject *seq_lens(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"indptr", "last_page_len", "out"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE};
-    enum { NUM = 3 };
-    (void)module;
-    raddle_tensor_arg args[NUM];
-    raddle_stream stream = NULL;
-    if (check_count("attention_seq_lens", count, NUM + 2) < 0) {
-        return NULL;
-    }
-    const long page_size = PyLong_AsLong(objects[2]);
-    if (page_size == -1 && PyErr_Occurred()) {
-        return NULL;
-    }
-    PyObject *const tensors[NUM] = {objects[0], objects[1], objects[3]};
-    if (open_args(tensors, names, access, NUM, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[4], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
-        return NULL;
-    }
-    const int32_t size = page_size > INT32_MAX || page_size < 0 ? 0 : (int32_t)page_size;
-    return finish(raddle_attention_seq_lens(args[0].view, args[1].view, size, args[2].view, stream),
-                  args, NUM);
-}
-
-PyDoc_STRVAR(positions_doc, "attention_positions(append_indptr, seq_lens, batch_indices, "
-                            "positions, stream, /)\n--\n\nRequest and position of each row.");
-
-static PyObject *positions(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"append_indptr", "seq_lens", "batch_indices", "positions"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE,
-                                 RADDLE_ARG_WRITE};
-    enum { NUM = 4 };
-    (void)module;
-    raddle_tensor_arg args[NUM];
-    raddle_stream stream = NULL;
-    if (check_count("attention_positions", count, NUM + 1) < 0 ||
-        open_args(objects, names, access, NUM, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[NUM], args, NUM, &stream) < 0) {
-        close_args(args, NUM);
-        return NULL;
-    }
-    return finish(
-        raddle_attention_positions(args[0].view, args[1].view, args[2].view, args[3].view, stream),
-        args, NUM);
-}
-
-static PyMethodDef functions[] = {
-    {"attention_merge_state", RADDLE_FASTCALL(merge_state), METH_FASTCALL, merge_state_doc},
-    {"attention_merge_states", RADDLE_FASTCALL(merge_states), METH_FASTCALL, merge_states_doc},
-    {"attention_seq_lens", RADDLE_FASTCALL(seq_lens), METH_FASTCALL, seq_lens_doc},
-    {"attention_positions", RADDLE_FASTCALL(positions), METH_FASTCALL, positions_doc},
-    {"attention_append", RADDLE_FASTCALL(append), METH_FASTCALL, append_doc},
-    {"attention_append_slots", RADDLE_FASTCALL(append_slots), METH_FASTCALL, append_slots_doc},
-    {NULL, NULL, 0, NULL},
-};
-
 int raddle_py_add_attention(PyObject *module) {
     PyObject *type = PyType_FromModuleAndSpec(module, &plan_spec, NULL);
     if (type == NULL) {
@@ -630,5 +327,5 @@ int raddle_py_add_attention(PyObject *module) {
     }
     const int added = PyModule_AddType(module, (PyTypeObject *)type);
     Py_DECREF(type);
-    return added < 0 ? -1 : PyModule_AddFunctions(module, functions);
+    return added < 0 ? -1 : raddle_py_add_attention_functions(module);
 }

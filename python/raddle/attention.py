@@ -323,11 +323,9 @@ def merge_state(v_a, s_a, v_b, s_b, *, v_out=None, s_out=None, lse_base="2", str
     """Join two attentions of the same queries over disjoint keys; returns (v, s).
 
     v: [n, heads, dim]; s: float32 log-sum-exp [n, heads] in lse_base. Two empty states give 0 and
-    -inf."""
-    v_out = _core.empty_like(v_a) if v_out is None else v_out
-    s_out = _core.empty_like(s_a) if s_out is None else s_out
-    _core.attention_merge_state(v_a, s_a, v_b, s_b, None, v_out, s_out, lse_base, stream)
-    return v_out, s_out
+    -inf.
+    """
+    return _core.attention_merge_state(v_a, s_a, v_b, s_b, None, v_out, s_out, lse_base, stream)
 
 
 def merge_state_in_place(v, s, v_other, s_other, *, mask=None, lse_base="2", stream=None):
@@ -339,10 +337,8 @@ def merge_state_in_place(v, s, v_other, s_other, *, mask=None, lse_base="2", str
 
 
 def merge_states(v, s, *, v_out=None, s_out=None, lse_base="2", stream=None):
-    """Join many attentions: v [n, states, heads, dim], s [n, states, heads] -> [n, heads, dim], [n,
-    heads]."""
-    n, _, heads, dim = v.shape
-    v_out = _core.empty_like(v, (n, heads, dim)) if v_out is None else v_out
-    s_out = _core.empty_like(s, (n, heads)) if s_out is None else s_out
-    _core.attention_merge_states(v, s, v_out, s_out, lse_base, stream)
-    return v_out, s_out
+    """Join many attentions of the same queries; returns (v, s).
+
+    v: [n, states, heads, dim], s: float32 [n, states, heads] -> [n, heads, dim], [n, heads].
+    """
+    return _core.attention_merge_states(v, s, v_out, s_out, lse_base, stream)

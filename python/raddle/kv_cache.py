@@ -56,26 +56,20 @@ def append_slots(k, v, slot_mapping, kv_cache, *, kv_layout="NHD", dtype=None, s
 
 
 def get_seq_lens(kv_indptr, kv_last_page_len, page_size, *, out=None, stream=None):
-    """Tokens of each request of a page table: int32 [batch] (or out's dtype), on the device of
-    kv_indptr."""
-    if out is None:
-        out = _core.empty_like(kv_indptr, (kv_indptr.shape[0] - 1,), "int32")
-    _core.attention_seq_lens(kv_indptr, kv_last_page_len, page_size, out, stream)
-    return out
+    """Tokens of each request of a page table.
+
+    int32 [batch] (or out's dtype), where kv_indptr is.
+    """
+    return _core.attention_seq_lens(kv_indptr, kv_last_page_len, page_size, out, stream)
 
 
 def get_batch_indices_positions(
     append_indptr, seq_lens, nnz, *, batch_indices=None, positions=None, stream=None
 ):
-    """Request and position of each of nnz appended rows, int32 [nnz] each, for
-    append_paged_kv_cache.
+    """Request and position of each of nnz appended rows, for append_paged_kv_cache.
 
     append_indptr [batch + 1]: each request's rows, its last tokens; seq_lens [batch]: lengths after
-    the append. Rows past append_indptr[-1] (padding under a CUDA Graph) get -1 and 0, which append
-    skips."""
-    if batch_indices is None:
-        batch_indices = _core.empty_like(append_indptr, (nnz,), "int32")
-    if positions is None:
-        positions = _core.empty_like(append_indptr, (nnz,), "int32")
-    _core.attention_positions(append_indptr, seq_lens, batch_indices, positions, stream)
-    return batch_indices, positions
+    the append. Returns int32 [nnz] each (or what is given). Rows past append_indptr[-1] (padding
+    under a CUDA Graph) get -1 and 0, which append skips.
+    """
+    return _core.attention_positions(append_indptr, seq_lens, nnz, batch_indices, positions, stream)
