@@ -144,7 +144,7 @@ def test_stub_members_are_the_runtime_members(node):
     assert stub_names(node.body) == public(vars(getattr(_core, node.name)))
 
 
-@pytest.mark.parametrize(("owner", "node"), stub_functions())
+@pytest.mark.parametrize(("owner", "node"), list(stub_functions()))
 def test_stub_parameters_are_the_runtime_parameters(owner, node):
     runtime = inspect.getattr_static(owner, node.name)
     if is_property(node):
