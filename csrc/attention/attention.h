@@ -68,12 +68,11 @@ struct raddle_attention_plan {
     raddle_staging staging; /* the schedule and the page table, one block */
     size_t pages_offset;    /* of the page table in that block */
     raddle_attention_schedule
-        host; /* of the last update, in its slot: for checks and plan.schedule() */
-    int64_t max_page_id,
-        max_page_position;          /* of the last update from host indices; -1: not known */
-    raddle_attention_params params; /* all but the tensors of a run */
-    int32_t *arrivals;              /* device memory of the plan, zeroed once */
-    void *backend_state;            /* kernels on CUDA */
+        host;                  /* of the last update, in its slot: for checks and plan.schedule() */
+    int64_t max_page_id;       /* of the last update from host indices; -1: not known */
+    const int32_t *host_pages; /* of the last update from host indices, in its slot */
+    int32_t *arrivals;         /* device memory of the plan, zeroed once */
+    void *backend_state;       /* kernels on CUDA */
 };
 
 /* attention_spec.c */
@@ -102,7 +101,6 @@ typedef struct raddle_attention_reading {
     const void
         *device_pages;   /* int32 page table that lies on the device, still to be copied; or NULL */
     int64_t max_page_id; /* of a page table read on the host; -1: none */
-    int64_t max_page_position;
 } raddle_attention_reading;
 
 /* Fills requests [batch] and pages [num_pages]; nothing is sent. */
@@ -110,5 +108,11 @@ raddle_status raddle_attention_batch_read(const raddle_attention_plan *plan,
                                           const raddle_attention_batch *batch, raddle_stream stream,
                                           raddle_attention_request *requests, int32_t *pages,
                                           raddle_attention_reading *out_reading);
+
+/* attention_cuda.c: the configs that warmup and the compile tests build, in order. hopper_only: of
+ * instructions that sm_90a alone has. */
+int raddle_attention_num_kernel_configs(void);
+raddle_status raddle_attention_kernel_config(int index, const char **out_name, char *out_config,
+                                             size_t config_bytes, bool *out_hopper_only);
 
 #endif

@@ -22,4 +22,8 @@ int raddle_py_add_runtime(PyObject *module) __attribute__((weak));   /* py_runti
 /* py_system.c: doctor's facts, cache, warmup, counters */
 int raddle_py_add_system(PyObject *module) __attribute__((weak));
 
+/* Raises what the core noticed since the last call (cuda/notice.h) as RuntimeWarning: called when a plan was made. -1
+ * when a warning became an exception. */
+int raddle_py_warn_notices(void) __attribute__((weak));
+
 #endif
