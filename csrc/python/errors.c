@@ -37,6 +37,7 @@ PyObject *raddle_raise(raddle_status status) {
 
     message = decode(recorded ? record->message : raddle_status_name(status));
     log = decode(recorded ? record->log : "");
+    raddle_error_clear(); /* both are copied: a log is not kept until the next failure */
     if (!message || !log) {
         goto out;
     }
