@@ -1,15 +1,16 @@
-/* gemm.c - packs weights, cuts a product into tiles for the micro kernels, and hands them to threads.
+/* gemm.c - packs weights, cuts a product into tiles for the micro kernels, and hands them to
+ * threads.
  *
- * A worker owns panels: RADDLE_GEMM_COLUMNS columns of the weight, whose whole depth is read once, in
- * order, while all rows of x (up to CHUNK_ROWS, packed before, shared by all) pass over it:
+ * A worker owns panels: RADDLE_GEMM_COLUMNS columns of the weight, whose whole depth is read once,
+ * in order, while all rows of x (up to CHUNK_ROWS, packed before, shared by all) pass over it:
  *
  *   for each chunk of rows:  pack x into tiles
  *     for each panel (parallel):  for each block of depth:  for each tile:  c[tile] += tile * block
  *                                 c + bias -> out
  *
  * A block of a panel stays in the L1 cache while the tiles pass, c and the tiles come from the L2.
- * With one row that is a plain stream through the weight. A sum over depth is always made of the same
- * blocks in the same order, so a row's result does not depend on the others.
+ * With one row that is a plain stream through the weight. A sum over depth is always made of the
+ * same blocks in the same order, so a row's result does not depend on the others.
  */
 #include "cpu/gemm.h"
 
@@ -132,35 +133,48 @@ static bool a_is_bf16(const raddle_gemm_weight *w) {
     return w->dtype == RADDLE_BF16 && w->kernels->a_is_bf16;
 }
 
-/* [depth][rows] float32, or [depth / 2][rows][2] bfloat16, padded with zeros. */
+/* count elements of one row of x, from depth k on, to [depth / 2][rows][2]: whole pairs, then a
+ * half one. */
+static void pack_pairs(char *to, const char *x, int count, int rows) {
+    for (int i = 0; i < count / 2; i++) {
+        memcpy(to + (size_t)i * (size_t)rows * 4, x + 4 * i, 4);
+    }
+    if (count % 2 != 0) {
+        char *last = to + (size_t)(count / 2) * (size_t)rows * 4;
+        memcpy(last, x + 4 * (count / 2), 2);
+        memset(last + 2, 0, 2);
+    }
+}
+
+/* The same to [depth][rows], widened. */
+static void pack_floats(const chunk_job *job, float *to, const char *x, int count, int rows) {
+    float wide[BLOCK_DEPTH];
+    job->vec->load[job->weight->dtype](wide, x, count);
+    for (int i = 0; i < count; i++) {
+        to[i * rows] = wide[i];
+    }
+    if (count % 2 != 0 && job->weight->dtype == RADDLE_BF16) {
+        to[count * rows] = 0; /* the depth that makes it even */
+    }
+}
+
+/* Block by block, so that what is written stays in the L1 cache until all rows are there. */
 static void pack_tile(const chunk_job *job, int tile) {
     const raddle_gemm_weight *w = job->weight;
     const int rows = rows_of_tile(job, tile);
     const int64_t first = job->row_begin + (int64_t)tile * job->tile_rows;
-    char *a = (char *)job->a +
-              (int64_t)tile * job->tile_rows * w->depth_padded * (int64_t)job->a_element_bytes;
-    float wide[BLOCK_DEPTH];
-    for (int r = 0; r < rows; r++) {
-        const char *x = (const char *)job->args->x +
-                        (first + r) * job->args->x_stride_row * (int64_t)w->element_bytes;
-        if (a_is_bf16(w)) {
-            uint16_t *pairs = (uint16_t *)(void *)a;
-            for (int64_t k = 0; k < w->depth_padded; k++) {
-                pairs[(k / 2 * rows + r) * 2 + k % 2] =
-                    k < w->depth ? ((const uint16_t *)(const void *)x)[k] : 0;
+    const int64_t step = (int64_t)job->a_element_bytes;
+    char *a = (char *)job->a + (int64_t)tile * job->tile_rows * w->depth_padded * step;
+    for (int64_t k = 0; k < w->depth; k += BLOCK_DEPTH) {
+        const int count = (int)(w->depth - k < BLOCK_DEPTH ? w->depth - k : BLOCK_DEPTH);
+        for (int r = 0; r < rows; r++) {
+            const char *x = (const char *)job->args->x +
+                            ((first + r) * job->args->x_stride_row + k) * (int64_t)w->element_bytes;
+            if (a_is_bf16(w)) {
+                pack_pairs(a + (k * rows + 2 * r) * step, x, count, rows);
+            } else {
+                pack_floats(job, (float *)(void *)(a + (k * rows + r) * step), x, count, rows);
             }
-            continue;
-        }
-        float *column = (float *)(void *)a + r;
-        for (int64_t k = 0; k < w->depth; k += BLOCK_DEPTH) {
-            const int count = (int)(w->depth - k < BLOCK_DEPTH ? w->depth - k : BLOCK_DEPTH);
-            job->vec->load[w->dtype](wide, x + k * (int64_t)w->element_bytes, count);
-            for (int i = 0; i < count; i++) {
-                column[(k + i) * rows] = wide[i];
-            }
-        }
-        if (w->depth_padded > w->depth) {
-            column[w->depth * rows] = 0;
         }
     }
 }

@@ -1,8 +1,8 @@
 /* gemm.h - out = x * weight^T + bias on the CPU, with the weight packed once.
  *
- * Made for linear layers: one weight, few or many rows of x. A weight of float32, float16 or bfloat16
- * keeps its type; sums are float32, in blocks of depth. The result of a row does not depend on how
- * many rows come with it or on the number of threads.
+ * Made for linear layers: one weight, few or many rows of x. A weight of float32, float16 or
+ * bfloat16 keeps its type; sums are float32, in blocks of depth. The result of a row does not
+ * depend on how many rows come with it or on the number of threads.
  */
 #ifndef RADDLE_CPU_GEMM_H
 #define RADDLE_CPU_GEMM_H

@@ -70,6 +70,14 @@ const raddle_gemm_kernels raddle_gemm_kernels_generic = {
 
 const raddle_gemm_kernels *raddle_gemm_kernels_get(void) {
     switch (raddle_isa_get()) {
+#if defined(__x86_64__)
+    case RADDLE_ISA_AVX512BF16:
+        return &raddle_gemm_kernels_avx512bf16;
+    case RADDLE_ISA_AVX512:
+        return &raddle_gemm_kernels_avx512;
+    case RADDLE_ISA_AVX2:
+        return &raddle_gemm_kernels_avx2;
+#endif
     default:
         return &raddle_gemm_kernels_generic;
     }

@@ -34,8 +34,8 @@ raddle_status raddle_ops_embedding(const raddle_tensor *ids, const raddle_tensor
 
 /* ---------------------------------------------------------------- rotary embedding */
 
-/* Row p of out, float32 [max_position, 2 * half] on the host: cos(p * inv_freq[i]) * factor, then the
- * sines. Computed in float64. */
+/* Row p of out, float32 [max_position, 2 * half] on the host: cos(p * inv_freq[i]) * factor, then
+ * the sines. Computed in float64. */
 raddle_status raddle_ops_fill_cos_sin(const double *inv_freq, int32_t half, double factor,
                                       const raddle_tensor *out);
 /* In place. q [n, num_qo_heads, head_dim], k [n, num_kv_heads, head_dim] or NULL; positions [n].
@@ -50,9 +50,10 @@ raddle_status raddle_ops_apply_rope(const raddle_tensor *q, const raddle_tensor 
  * any number of threads may run it at once. */
 typedef struct raddle_ops_linear raddle_ops_linear;
 
-/* weight [out_features, in_features], bias [out_features] or NULL, of weight's dtype or float32; on the
- * host or on device. On the CPU any strides; both are copied and not needed afterwards. On CUDA host
- * memory is copied, but memory of that device is used where it lies: the caller keeps it alive. */
+/* weight [out_features, in_features], bias [out_features] or NULL, of weight's dtype or float32; on
+ * the host or on device. On the CPU any strides; both are copied and not needed afterwards. On CUDA
+ * host memory is copied, but memory of that device is used where it lies: the caller keeps it
+ * alive. */
 raddle_status raddle_ops_linear_create(const raddle_tensor *weight, const raddle_tensor *bias,
                                        raddle_device device, raddle_stream stream,
                                        raddle_ops_linear **out_linear);
@@ -67,9 +68,9 @@ raddle_status raddle_ops_linear_run(const raddle_ops_linear *linear, const raddl
 raddle_status raddle_ops_softmax(const raddle_tensor *logits, float temperature,
                                  const raddle_tensor *out, raddle_stream stream);
 
-/* Settings: rows[0] for all rows, or one each (num_rows is 1 or n). A tensor that is not NULL, [n] on
- * the logits' device, replaces its field; on the CPU it is read and checked, on CUDA it is read by the
- * kernel: temperature, top_p, min_p float32, top_k int32, seed and offset int64. */
+/* Settings: rows[0] for all rows, or one each (num_rows is 1 or n). A tensor that is not NULL, [n]
+ * on the logits' device, replaces its field; on the CPU it is read and checked, on CUDA it is read
+ * by the kernel: temperature, top_p, min_p float32, top_k int32, seed and offset int64. */
 typedef struct raddle_ops_sample_args {
     const raddle_tensor *logits; /* [n, vocab] */
     const raddle_tensor *out;    /* int32 [n] */
@@ -91,7 +92,8 @@ raddle_status raddle_ops_token_logprobs(const raddle_tensor *logits, const raddl
 
 /* ---------------------------------------------------------------- kernel configs */
 
-/* The configs that warmup and the compile tests build, in order: kernel name and its config text. */
+/* The configs that warmup and the compile tests build, in order: kernel name and its config text.
+ */
 int raddle_ops_num_kernel_configs(void);
 raddle_status raddle_ops_kernel_config(int index, const char **out_name, char *out_config,
                                        size_t config_bytes);

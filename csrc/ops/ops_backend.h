@@ -22,9 +22,9 @@ struct raddle_ops_linear {
     int64_t in_features, out_features;
     raddle_dtype dtype; /* of the weight as given */
     bool has_bias;
-    void *weight; /* CPU: a raddle_gemm_weight; CUDA: row-major device memory */
-    void *bias;   /* CPU: float32; CUDA: of dtype */
-    int64_t weight_stride_row;      /* CUDA */
+    void *weight;                  /* CPU: a raddle_gemm_weight; CUDA: row-major device memory */
+    void *bias;                    /* CPU: float32; CUDA: of dtype */
+    int64_t weight_stride_row;     /* CUDA */
     bool weight_owned, bias_owned; /* CUDA: else they are the caller's, who keeps them alive */
 };
 
@@ -58,8 +58,8 @@ typedef struct raddle_ops_backend {
     raddle_status (*sample)(int32_t device, const raddle_ops_sample_job *job, raddle_stream stream);
     raddle_status (*logprobs)(int32_t device, const raddle_ops_logprobs_params *params,
                               raddle_stream stream);
-    /* Fills linear->weight and linear->bias; the tensors are on the host or on linear->device. What it
-     * made before it failed is left to linear_release. */
+    /* Fills linear->weight and linear->bias; the tensors are on the host or on linear->device. What
+     * it made before it failed is left to linear_release. */
     raddle_status (*linear_pack)(raddle_ops_linear *linear, const raddle_tensor *weight,
                                  const raddle_tensor *bias, raddle_stream stream);
     raddle_status (*linear_run)(const raddle_ops_linear *linear, const raddle_ops_linear_args *args,
@@ -92,6 +92,7 @@ raddle_status raddle_ops_check_output(const raddle_tensor *tensor, const raddle_
 raddle_status raddle_ops_check_indices(const raddle_tensor *tensor, const raddle_tensor *like,
                                        int64_t n);
 /* Extents that a kernel holds in 32 bits. */
-raddle_status raddle_ops_check_extent(const raddle_tensor *tensor, const char *what, int64_t extent);
+raddle_status raddle_ops_check_extent(const raddle_tensor *tensor, const char *what,
+                                      int64_t extent);
 
 #endif

@@ -1,4 +1,5 @@
-/* ops_check.c - the checks that every function of the ops family makes, and which back end it gets. */
+/* ops_check.c - the checks that every function of the ops family makes, and which back end it gets.
+ */
 #include "ops/ops_backend.h"
 
 #include <limits.h>
@@ -46,8 +47,8 @@ raddle_status raddle_ops_check_extent(const raddle_tensor *tensor, const char *w
     return RADDLE_OK;
 }
 
-/* Whether dimension d can be walked together with the group that ends in (extent, stride): d's step is
- * the group's whole length, for every tensor. */
+/* Whether dimension d can be walked together with the group that ends in (extent, stride): d's step
+ * is the group's whole length, for every tensor. */
 static bool can_join(const raddle_tensor *const *tensors, int num_tensors, int d, int64_t extent,
                      const int64_t *stride) {
     for (int t = 0; t < num_tensors; t++) {

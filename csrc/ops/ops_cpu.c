@@ -1,6 +1,7 @@
 /* ops_cpu.c - the CPU back end of norms, rotary embedding, activations and the embedding.
  *
- * Rows are widened to float32 in blocks that stay in the L1 cache, worked on, and rounded back once.
+ * Rows are widened to float32 in blocks that stay in the L1 cache, worked on, and rounded back
+ * once.
  */
 #include "ops/ops_cpu.h"
 
@@ -94,7 +95,7 @@ static void rmsnorm_rows(void *context, int64_t begin, int64_t end, int worker) 
 }
 
 static raddle_status run_rmsnorm(int32_t device, const raddle_ops_rmsnorm_params *params,
-                                     raddle_stream stream) {
+                                 raddle_stream stream) {
     (void)device;
     (void)stream;
     rmsnorm_job job = {params, raddle_vec_get(), raddle_dtype_bytes(params->dtype),
@@ -118,8 +119,7 @@ static int64_t index_at(const void *indices, int64_t i, int64_t stride, int32_t 
 }
 
 /* Pairs (i, i + half) of one head. */
-static void rotate_halves(const rope_job *job, void *head, const float *cosine,
-                          const float *sine) {
+static void rotate_halves(const rope_job *job, void *head, const float *cosine, const float *sine) {
     const raddle_ops_rope_params *p = job->params;
     const int half = p->rotary_dim / 2;
     float a[BLOCK], b[BLOCK];
@@ -183,7 +183,7 @@ static void rope_rows(void *context, int64_t begin, int64_t end, int worker) {
 }
 
 static raddle_status run_rope(int32_t device, const raddle_ops_rope_params *params,
-                                  raddle_stream stream) {
+                              raddle_stream stream) {
     (void)device;
     (void)stream;
     for (int64_t i = 0; i < params->rows; i++) {
@@ -228,15 +228,14 @@ static void act_rows(void *context, int64_t begin, int64_t end, int worker) {
     (void)worker;
     for (int64_t i = begin; i < end; i++) {
         const int64_t row = i / p->heads, head = i % p->heads;
-        act_row(job,
-                at(p->x, row * p->x_stride_row + head * p->x_stride_head, job->element_bytes),
-                at(p->out, row * p->out_stride_row + head * p->out_stride_head,
-                   job->element_bytes));
+        act_row(
+            job, at(p->x, row * p->x_stride_row + head * p->x_stride_head, job->element_bytes),
+            at(p->out, row * p->out_stride_row + head * p->out_stride_head, job->element_bytes));
     }
 }
 
 static raddle_status run_act_and_mul(int32_t device, const raddle_ops_act_params *params,
-                                         raddle_stream stream) {
+                                     raddle_stream stream) {
     (void)device;
     (void)stream;
     act_job job = {params, raddle_vec_get(), raddle_dtype_bytes(params->dtype)};
@@ -265,7 +264,7 @@ static void embedding_rows(void *context, int64_t begin, int64_t end, int worker
 }
 
 static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_params *params,
-                                       raddle_stream stream) {
+                                   raddle_stream stream) {
     (void)device;
     (void)stream;
     for (int64_t i = 0; i < params->rows; i++) {

@@ -1,8 +1,10 @@
-/* ops_cpu_sample.c - the CPU back end of softmax, sampling and log-probabilities: one row, one worker.
+/* ops_cpu_sample.c - the CPU back end of softmax, sampling and log-probabilities: one row, one
+ * worker.
  *
  * top-k, top-p and min-p each keep a set of the largest logits, so each is a least key (the order-
- * preserving integer of a logit) and all three together are the largest of those. Least keys are found
- * by radix selection over 11, 11 and 10 bits instead of a sort. Ties with the least key are all kept.
+ * preserving integer of a logit) and all three together are the largest of those. Least keys are
+ * found by radix selection over 11, 11 and 10 bits instead of a sort. Ties with the least key are
+ * all kept.
  */
 #include "ops/ops_cpu.h"
 
@@ -23,9 +25,9 @@ enum { ROW_OK = 0, ROW_NAN, ROW_EMPTY, ROW_ID };
 
 /* One worker's buffers. */
 typedef struct scratch {
-    float *row;       /* [vocab] */
-    int64_t *sums;    /* [vocab / SKIP + 1] */
-    int64_t *bins;    /* [BINS] */
+    float *row;    /* [vocab] */
+    int64_t *sums; /* [vocab / SKIP + 1] */
+    int64_t *bins; /* [BINS] */
 } scratch;
 
 typedef struct rows_job {
@@ -142,8 +144,8 @@ typedef struct sampler {
     int64_t *bins;
 } sampler;
 
-/* The bin, from the top, in which the sum of bins reaches need; what is missing at its lower edge is
- * left in *need. The bins reach it. */
+/* The bin, from the top, in which the sum of bins reaches need; what is missing at its lower edge
+ * is left in *need. The bins reach it. */
 static int find_bin(const int64_t *bins, int64_t *need) {
     for (int bin = BINS - 1; bin > 0; bin--) {
         if (bins[bin] >= *need) {
@@ -154,8 +156,8 @@ static int find_bin(const int64_t *bins, int64_t *need) {
     return 0;
 }
 
-/* Adds up, by digit, the tokens whose key starts with prefix and may be drawn: each counts 1, or its
- * weight. */
+/* Adds up, by digit, the tokens whose key starts with prefix and may be drawn: each counts 1, or
+ * its weight. */
 static int64_t fill_bins(const sampler *s, bool by_weight, uint32_t prefix, uint32_t prefix_mask,
                          int shift) {
     int64_t total = 0;
@@ -163,8 +165,7 @@ static int64_t fill_bins(const sampler *s, bool by_weight, uint32_t prefix, uint
     for (int64_t i = 0; i < s->vocab; i++) {
         const uint32_t key = raddle_ops_key(s->row[i]);
         if ((key & prefix_mask) == prefix && key >= s->least_key) {
-            const int64_t amount =
-                by_weight ? raddle_ops_weight(s->row[i], s->max, s->factor) : 1;
+            const int64_t amount = by_weight ? raddle_ops_weight(s->row[i], s->max, s->factor) : 1;
             s->bins[key >> shift & (BINS - 1)] += amount;
             total += amount;
         }
@@ -172,8 +173,8 @@ static int64_t fill_bins(const sampler *s, bool by_weight, uint32_t prefix, uint
     return total;
 }
 
-/* Raises least_key to the largest key such that the tokens at or above it are at least top_k many, or
- * weigh at least top_p of all that may be drawn. */
+/* Raises least_key to the largest key such that the tokens at or above it are at least top_k many,
+ * or weigh at least top_p of all that may be drawn. */
 static void keep_largest(sampler *s, int64_t top_k, float top_p) {
     const bool by_weight = top_k == 0;
     const int64_t total = fill_bins(s, by_weight, 0, 0, 21);
@@ -318,7 +319,8 @@ static void logprobs_rows(void *context, int64_t begin, int64_t end, int worker)
         if (!open_row(job, &s, p->logits, (raddle_dtype)p->dtype, p->logits_stride_row, i, &max)) {
             continue;
         }
-        /* Differences to the maximum first: exact where it matters, and exp_sum overwrites the row. */
+        /* Differences to the maximum first: exact where it matters, and exp_sum overwrites the row.
+         */
         const double chosen = (double)s.row[id] - (double)max;
         int32_t *top_ids = p->top ? p->top_ids + i * p->top : NULL;
         float *top_logprobs = p->top ? p->top_logprobs + i * p->top : NULL;

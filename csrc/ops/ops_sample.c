@@ -1,5 +1,5 @@
-/* ops_sample.c - softmax, sampling and log-probabilities: checks for both back ends, and the settings
- * of every row brought into one form. */
+/* ops_sample.c - softmax, sampling and log-probabilities: checks for both back ends, and the
+ * settings of every row brought into one form. */
 #include "ops/ops_backend.h"
 
 #include <math.h>
@@ -17,8 +17,8 @@ static raddle_status check_logits(const raddle_tensor *logits) {
     return RADDLE_OK;
 }
 
-static raddle_status check_result(const raddle_tensor *tensor, const raddle_tensor *logits, int ndim,
-                                  const int64_t *shape, raddle_dtype dtype) {
+static raddle_status check_result(const raddle_tensor *tensor, const raddle_tensor *logits,
+                                  int ndim, const int64_t *shape, raddle_dtype dtype) {
     RADDLE_TRY(raddle_tensor_check_shape(tensor, ndim, shape));
     RADDLE_TRY(raddle_tensor_check_dtype(tensor, dtype));
     return raddle_ops_check_output(tensor, logits);
@@ -59,10 +59,8 @@ typedef struct setting {
 enum { NUM_SETTINGS = 6 };
 
 static void list_settings(const raddle_ops_sample_args *args, setting settings[NUM_SETTINGS]) {
-#define SETTING(field, is_float, dtype)                                                             \
-    (setting) {                                                                                     \
-        args->field, offsetof(raddle_ops_sample_row, field), is_float, dtype                        \
-    }
+#define SETTING(field, is_float, dtype)                                                            \
+    (setting){args->field, offsetof(raddle_ops_sample_row, field), is_float, dtype}
     settings[0] = SETTING(temperature, true, RADDLE_F32);
     settings[1] = SETTING(top_p, true, RADDLE_F32);
     settings[2] = SETTING(min_p, true, RADDLE_F32);
@@ -122,15 +120,16 @@ static raddle_status check_row(const raddle_ops_sample_row *row, int64_t i) {
                    "temperature: expected a finite number of at least 0 (0 is greedy), got %g for "
                    "row %lld",
                    (double)row->temperature, (long long)i);
-    RADDLE_REQUIRE(row->top_p > 0 && row->top_p <= 1, RADDLE_ERR_VALUE,
-                   "top_p: expected a number above 0 and at most 1 (1 keeps all), got %g for row %lld",
-                   (double)row->top_p, (long long)i);
+    RADDLE_REQUIRE(
+        row->top_p > 0 && row->top_p <= 1, RADDLE_ERR_VALUE,
+        "top_p: expected a number above 0 and at most 1 (1 keeps all), got %g for row %lld",
+        (double)row->top_p, (long long)i);
     RADDLE_REQUIRE(row->min_p >= 0 && row->min_p <= 1, RADDLE_ERR_VALUE,
                    "min_p: expected a number from 0 (keeps all) to 1, got %g for row %lld",
                    (double)row->min_p, (long long)i);
     RADDLE_REQUIRE(row->top_k >= -1, RADDLE_ERR_VALUE,
-                   "top_k: expected at least 1, or 0 or -1 for all, got %d for row %lld", row->top_k,
-                   (long long)i);
+                   "top_k: expected at least 1, or 0 or -1 for all, got %d for row %lld",
+                   row->top_k, (long long)i);
     return RADDLE_OK;
 }
 

@@ -10,7 +10,9 @@
 #include "python/py_tensor.h"
 #include "runtime/backend.h"
 
-enum { SHORT_WORK = 4096 }; /* elements that take a few microseconds: less than waiting for the GIL may */
+enum {
+    SHORT_WORK = 4096
+}; /* elements that take a few microseconds: less than waiting for the GIL may */
 
 /* ------------------------------------------------------------------ helpers */
 
@@ -357,13 +359,14 @@ static PyObject *apply_rope(PyObject *module, PyObject *const *objects, Py_ssize
     }
     const raddle_tensor *q = args[Q].view;
     PyThreadState *state = raddle_py_ops_begin_work(q->device, raddle_tensor_count(q));
-    const raddle_status status = raddle_ops_apply_rope(
-        q, args[K].view, args[POSITIONS].view, args[CACHE].view, interleave != 0, stream);
+    const raddle_status status = raddle_ops_apply_rope(q, args[K].view, args[POSITIONS].view,
+                                                       args[CACHE].view, interleave != 0, stream);
     raddle_py_ops_end_work(state);
     return finish(status, Py_NewRef(Py_None), args, NUM);
 }
 
-/* ------------------------------------------------------------------ softmax and log-probabilities */
+/* ------------------------------------------------------------------ softmax and log-probabilities
+ */
 
 PyDoc_STRVAR(softmax_doc, "ops_softmax(logits, temperature, out, dtype, stream, /)\n--\n\n"
                           "softmax(logits / temperature) in float32.");
@@ -587,8 +590,9 @@ static int open_settings(PyObject *const *objects, int64_t n, sample_settings *s
     }
     for (int s = 0; s < NUM_SETTINGS; s++) {
         if ((kinds[s] == 1 && read_sequence(objects[s], s, settings->rows, n) < 0) ||
-            (kinds[s] == 2 && raddle_tensor_arg_open(objects[s], setting_names[s], RADDLE_ARG_READ,
-                                                     RADDLE_DTYPE_NONE, &settings->tensors[s]) < 0)) {
+            (kinds[s] == 2 &&
+             raddle_tensor_arg_open(objects[s], setting_names[s], RADDLE_ARG_READ,
+                                    RADDLE_DTYPE_NONE, &settings->tensors[s]) < 0)) {
             close_settings(settings);
             return -1;
         }

@@ -6,15 +6,18 @@
 
 #include "python/tensor_arg.h"
 
-/* Opens objects[i] as a tensor called names[i]. bits is the caller's dtype= for 16-bit floats that come as uint16;
- * without it they follow the first tensor. On failure nothing stays open. */
-int raddle_py_ops_open(PyObject *const *objects, const char *const *names, const int *access, int count,
-                       raddle_dtype bits, raddle_tensor_arg *args);
+/* Opens objects[i] as a tensor called names[i]. bits is the caller's dtype= for 16-bit floats that
+ * come as uint16; without it they follow the first tensor. On failure nothing stays open. */
+int raddle_py_ops_open(PyObject *const *objects, const char *const *names, const int *access,
+                       int count, raddle_dtype bits, raddle_tensor_arg *args);
 void raddle_py_ops_close(raddle_tensor_arg *args, int count);
-/* The result: given, or when that is None a new tensor of like's kind. Opened into arg; a new reference. */
-PyObject *raddle_py_ops_result(PyObject *given, const char *name, PyObject *like, const int64_t *shape, int ndim,
-                               raddle_dtype dtype, raddle_device device, raddle_tensor_arg *arg);
-/* Lets other Python threads run during work on the host over so many elements, where that is worth it. */
+/* The result: given, or when that is None a new tensor of like's kind. Opened into arg; a new
+ * reference. */
+PyObject *raddle_py_ops_result(PyObject *given, const char *name, PyObject *like,
+                               const int64_t *shape, int ndim, raddle_dtype dtype,
+                               raddle_device device, raddle_tensor_arg *arg);
+/* Lets other Python threads run during work on the host over so many elements, where that is worth
+ * it. */
 PyThreadState *raddle_py_ops_begin_work(raddle_device device, int64_t elements);
 void raddle_py_ops_end_work(PyThreadState *state);
 int raddle_py_ops_check_count(const char *function, Py_ssize_t given, Py_ssize_t wanted);

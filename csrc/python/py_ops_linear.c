@@ -1,4 +1,5 @@
-/* py_ops_linear.c - raddle._core.Linear: a packed weight and its bias, and the call that multiplies. */
+/* py_ops_linear.c - raddle._core.Linear: a packed weight and its bias, and the call that
+ * multiplies. */
 #include "python/py_ops.h"
 
 #include "ops/ops.h"
@@ -105,8 +106,7 @@ static PyObject *linear_run(linear_object *self, PyObject *const *objects, Py_ss
         goto out;
     }
     PyThreadState *state = raddle_py_ops_begin_work(x->device, elements);
-    const raddle_status status =
-        raddle_ops_linear_run(self->linear, x, args[OUT].view, stream);
+    const raddle_status status = raddle_ops_linear_run(self->linear, x, args[OUT].view, stream);
     raddle_py_ops_end_work(state);
     result = status == RADDLE_OK ? Py_NewRef(out) : raddle_raise(status);
 out:

@@ -1,15 +1,17 @@
 /* ops_params.h - the arguments of the ops kernels, on both back ends. C11 and NVRTC.
  *
- * Strides are in elements; the innermost stride of every tensor is 1. Rows come in two levels, (row, head), so that a
- * strided view of a fused [n, heads, head_dim] block needs no copy; a plain matrix has one head. A dtype field holds a
- * raddle_dtype: the CPU reads it, a kernel is compiled for it.
+ * Strides are in elements; the innermost stride of every tensor is 1. Rows come in two levels,
+ * (row, head), so that a strided view of a fused [n, heads, head_dim] block needs no copy; a plain
+ * matrix has one head. A dtype field holds a raddle_dtype: the CPU reads it, a kernel is compiled
+ * for it.
  */
 #ifndef RADDLE_OPS_PARAMS_H
 #define RADDLE_OPS_PARAMS_H
 
 #include "common/abi.h"
 
-/* out = x * rsqrt(mean(x^2) + eps) * weight; with a residual: residual += x first, and the norm is of that. */
+/* out = x * rsqrt(mean(x^2) + eps) * weight; with a residual: residual += x first, and the norm is
+ * of that. */
 typedef struct raddle_ops_rmsnorm_params {
     void *x;            /* [rows, heads, width] */
     void *residual;     /* [rows, heads, width], or NULL */
@@ -26,12 +28,14 @@ typedef struct raddle_ops_rmsnorm_params {
 } raddle_ops_rmsnorm_params;
 RADDLE_ASSERT_SIZE(raddle_ops_rmsnorm_params, 4 * 8 + 7 * 8 + 6 * 4);
 
-/* Rotates the first rotary_dim of every head. Split halves: (i, i + rotary_dim / 2); interleaved: (2i, 2i + 1). */
+/* Rotates the first rotary_dim of every head. Split halves: (i, i + rotary_dim / 2); interleaved:
+ * (2i, 2i + 1). */
 typedef struct raddle_ops_rope_params {
-    void *q;                /* [rows, num_qo_heads, head_dim], in place */
-    void *k;                /* [rows, num_kv_heads, head_dim], in place, or NULL */
-    const void *positions;  /* [rows], int32 or int64 */
-    const float *cos_sin;   /* [max_position, rotary_dim]: cos in the first half of a row, sin in the second */
+    void *q;               /* [rows, num_qo_heads, head_dim], in place */
+    void *k;               /* [rows, num_kv_heads, head_dim], in place, or NULL */
+    const void *positions; /* [rows], int32 or int64 */
+    const float *
+        cos_sin; /* [max_position, rotary_dim]: cos in the first half of a row, sin in the second */
     int64_t q_stride_row, q_stride_head;
     int64_t k_stride_row, k_stride_head;
     int64_t positions_stride;
@@ -47,7 +51,12 @@ typedef struct raddle_ops_rope_params {
 } raddle_ops_rope_params;
 RADDLE_ASSERT_SIZE(raddle_ops_rope_params, 4 * 8 + 8 * 8 + 8 * 4);
 
-enum { RADDLE_OPS_SILU = 0, RADDLE_OPS_GELU = 1, RADDLE_OPS_GELU_TANH = 2, RADDLE_OPS_NUM_ACTIVATIONS = 3 };
+enum {
+    RADDLE_OPS_SILU = 0,
+    RADDLE_OPS_GELU = 1,
+    RADDLE_OPS_GELU_TANH = 2,
+    RADDLE_OPS_NUM_ACTIVATIONS = 3
+};
 
 /* out = activation(x[:width]) * x[width:]. */
 typedef struct raddle_ops_act_params {
@@ -95,7 +104,8 @@ RADDLE_ASSERT_SIZE(raddle_ops_softmax_params, 2 * 8 + 4 * 8 + 2 * 4);
 /* The most alternatives that one row may ask for on CUDA: they are sorted in shared memory. */
 enum { RADDLE_OPS_MAX_TOP = 128 };
 
-/* logprobs = logits[id] - logsumexp(logits), natural logarithm; the top ones largest first, ties by lower id. */
+/* logprobs = logits[id] - logsumexp(logits), natural logarithm; the top ones largest first, ties by
+ * lower id. */
 typedef struct raddle_ops_logprobs_params {
     const void *logits;  /* [rows, vocab] */
     const void *ids;     /* [rows], int32 or int64; an id outside [0, vocab) gives NaN */

@@ -1,9 +1,11 @@
-/* ops_sample_params.h - the arguments of sampling, and the arithmetic that both back ends must do alike. C11 and NVRTC.
+/* ops_sample_params.h - the arguments of sampling, and the arithmetic that both back ends must do
+ * alike. C11 and NVRTC.
  *
- * A probability is held as a weight, an integer in units of 2^-40 of the largest one: sums of integers do not depend on
- * their order, so a row gives the same token on any number of threads, in any batch and on either back end. The weight
- * of a logit is made of single IEEE operations (no contraction, explicit fma), so it too is the same everywhere.
- * A token less likely than 2^-40 of the likeliest has weight 0 and is never drawn.
+ * A probability is held as a weight, an integer in units of 2^-40 of the largest one: sums of
+ * integers do not depend on their order, so a row gives the same token on any number of threads, in
+ * any batch and on either back end. The weight of a logit is made of single IEEE operations (no
+ * contraction, explicit fma), so it too is the same everywhere. A token less likely than 2^-40 of
+ * the likeliest has weight 0 and is never drawn.
  */
 #ifndef RADDLE_OPS_SAMPLE_PARAMS_H
 #define RADDLE_OPS_SAMPLE_PARAMS_H
@@ -29,7 +31,8 @@ typedef struct raddle_ops_sample_row {
 } raddle_ops_sample_row;
 RADDLE_ASSERT_SIZE(raddle_ops_sample_row, 32);
 
-/* Rows whose settings travel in the argument of one launch (2 KB of the 4 KB that every driver takes). */
+/* Rows whose settings travel in the argument of one launch (2 KB of the 4 KB that every driver
+ * takes). */
 enum { RADDLE_OPS_SAMPLE_ROWS = 64 };
 
 typedef struct raddle_ops_sample_params {
@@ -43,7 +46,8 @@ typedef struct raddle_ops_sample_params {
     const int32_t *top_k;
     const int64_t *seed, *offset;
     int32_t rows;          /* of this launch */
-    int32_t settings_step; /* 0: all rows use settings[0]; 1: row i uses settings[i], rows <= RADDLE_OPS_SAMPLE_ROWS */
+    int32_t settings_step; /* 0: all rows use settings[0]; 1: row i uses settings[i], rows <=
+                              RADDLE_OPS_SAMPLE_ROWS */
     int32_t dtype;
     int32_t reserved;
     raddle_ops_sample_row settings[RADDLE_OPS_SAMPLE_ROWS];
@@ -95,7 +99,8 @@ RADDLE_OPS_SHARED float raddle_ops_weight_factor(float temperature) {
     return (float)(1.4426950408889634 / (double)temperature);
 }
 
-/* 2^40 * e^((x - max) / temperature), rounded down; exactly 2^40 for the maximum, also an infinite one. */
+/* 2^40 * e^((x - max) / temperature), rounded down; exactly 2^40 for the maximum, also an infinite
+ * one. */
 RADDLE_OPS_SHARED int64_t raddle_ops_weight(float x, float max, float factor) {
     if (x == max) {
         return RADDLE_OPS_WEIGHT_ONE;
@@ -135,8 +140,8 @@ RADDLE_OPS_SHARED int64_t raddle_ops_top_p_mass(float top_p, int64_t total) {
 
 /* ---------------------------------------------------------------- random numbers */
 
-/* Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), key seed, counter
- * (offset, 0): its first 64 bits. */
+/* Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), key seed,
+ * counter (offset, 0): its first 64 bits. */
 RADDLE_OPS_SHARED uint64_t raddle_ops_random(uint64_t seed, uint64_t offset) {
     uint32_t c0 = (uint32_t)offset, c1 = (uint32_t)(offset >> 32), c2 = 0, c3 = 0;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -157,8 +162,10 @@ RADDLE_OPS_SHARED uint64_t raddle_ops_random(uint64_t seed, uint64_t offset) {
 RADDLE_OPS_SHARED int64_t raddle_ops_random_below(uint64_t bits, int64_t total) {
     const uint64_t t_low = (uint32_t)total, t_high = (uint64_t)total >> 32;
     const uint64_t b_low = (uint32_t)bits, b_high = bits >> 32;
-    const uint64_t carry = (t_low * b_low >> 32) + (uint32_t)(t_high * b_low) + (uint32_t)(t_low * b_high);
-    return (int64_t)(t_high * b_high + (t_high * b_low >> 32) + (t_low * b_high >> 32) + (carry >> 32));
+    const uint64_t carry =
+        (t_low * b_low >> 32) + (uint32_t)(t_high * b_low) + (uint32_t)(t_low * b_high);
+    return (int64_t)(t_high * b_high + (t_high * b_low >> 32) + (t_low * b_high >> 32) +
+                     (carry >> 32));
 }
 
 #endif
