@@ -25,12 +25,21 @@ static const struct {
 };
 
 raddle_dtype raddle_dtype_from_dlpack(DLDataType dtype) {
-    for (int i = RADDLE_DTYPE_NONE + 1; i < RADDLE_DTYPE_COUNT; i++) {
-        if (dlpack_types[i].code == dtype.code && dlpack_types[i].bits == dtype.bits) {
-            return (raddle_dtype)i;
-        }
+    /* By code and by width of 8, 16, 32, 64 bits: on the way of every argument. */
+    static const uint8_t by_code[][4] = {
+        [kDLInt] = {RADDLE_I8, RADDLE_I16, RADDLE_I32, RADDLE_I64},
+        [kDLUInt] = {RADDLE_U8, RADDLE_U16, RADDLE_U32, RADDLE_U64},
+        [kDLFloat] = {0, RADDLE_F16, RADDLE_F32, RADDLE_F64},
+        [kDLBfloat] = {0, RADDLE_BF16, 0, 0},
+        [kDLBool] = {RADDLE_BOOL, 0, 0, 0},
+        [kDLFloat8_e4m3fn] = {RADDLE_F8_E4M3, 0, 0, 0},
+        [kDLFloat8_e5m2] = {RADDLE_F8_E5M2, 0, 0, 0},
+    };
+    const unsigned width = dtype.bits == 32 ? 2 : dtype.bits == 16 ? 1 : dtype.bits == 64 ? 3 : 0;
+    if (dtype.code >= sizeof by_code / sizeof *by_code || dtype.bits != 8u << width) {
+        return RADDLE_DTYPE_NONE;
     }
-    return RADDLE_DTYPE_NONE;
+    return (raddle_dtype)by_code[dtype.code][width];
 }
 
 DLDataType raddle_dtype_to_dlpack(raddle_dtype dtype) {
@@ -133,7 +142,7 @@ raddle_status raddle_tensor_check_layout(raddle_tensor *tensor) {
     const uint64_t below = (uint64_t)0 - (uint64_t)low;
     RADDLE_REQUIRE(below <= address && (uint64_t)high <= UINT64_MAX - address, RADDLE_ERR_SHAPE,
                    "%s: its elements reach past the address space", tensor->name);
-    RADDLE_REQUIRE(address % (uint64_t)item == 0, RADDLE_ERR_SHAPE,
+    RADDLE_REQUIRE((address & (uint64_t)(item - 1)) == 0, RADDLE_ERR_SHAPE,
                    "%s: its data is not aligned to its element size of %d bytes; pass a copy",
                    tensor->name, (int)item);
     return RADDLE_OK;
@@ -157,44 +166,41 @@ static raddle_status device_from_dlpack(const char *name, DLDevice device,
 raddle_status raddle_tensor_from_dlpack(const DLTensor *dl, uint64_t flags, const char *name,
                                         raddle_dtype wanted, raddle_tensor *out_tensor) {
     char text[48];
-    raddle_tensor tensor = {.name = name,
-                            .read_only = (flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0};
-    RADDLE_TRY(device_from_dlpack(name, dl->device, &tensor.device));
+    raddle_tensor *tensor = out_tensor;
+    tensor->name = name;
+    tensor->read_only = (flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
+    RADDLE_TRY(device_from_dlpack(name, dl->device, &tensor->device));
     RADDLE_REQUIRE(dl->dtype.lanes == 1, RADDLE_ERR_DTYPE,
                    "%s: expected scalar elements, got vectors of %d lanes", name,
                    (int)dl->dtype.lanes);
     const raddle_dtype stored = raddle_dtype_from_dlpack(dl->dtype);
     RADDLE_REQUIRE(stored != RADDLE_DTYPE_NONE, RADDLE_ERR_DTYPE, "%s: dtype %s is not supported",
                    name, raddle_dlpack_dtype_text(dl->dtype, text));
-    RADDLE_TRY(raddle_dtype_resolve(name, stored, wanted, &tensor.dtype));
+    RADDLE_TRY(raddle_dtype_resolve(name, stored, wanted, &tensor->dtype));
 
     RADDLE_REQUIRE(dl->ndim >= 0 && dl->ndim <= RADDLE_MAX_DIM, RADDLE_ERR_SHAPE,
                    "%s: expected 0 to %d dimensions, got %d", name, (int)RADDLE_MAX_DIM,
                    (int)dl->ndim);
     RADDLE_REQUIRE(dl->shape != NULL || dl->ndim == 0, RADDLE_ERR_VALUE,
                    "%s: its producer gave no shape", name);
-    tensor.ndim = dl->ndim;
+    tensor->ndim = dl->ndim;
     for (int i = 0; i < dl->ndim; i++) {
-        tensor.shape[i] = dl->shape[i];
+        tensor->shape[i] = dl->shape[i];
     }
     if (dl->strides != NULL) {
         for (int i = 0; i < dl->ndim; i++) {
-            tensor.stride[i] = dl->strides[i];
+            tensor->stride[i] = dl->strides[i];
         }
     } else {
         for (int i = dl->ndim - 1; i >= 0; i--) {
-            tensor.stride[i] = idle_stride(&tensor, i);
+            tensor->stride[i] = idle_stride(tensor, i);
         }
     }
     RADDLE_REQUIRE(dl->byte_offset <= UINTPTR_MAX - (uintptr_t)dl->data, RADDLE_ERR_SHAPE,
                    "%s: byte_offset %llu reaches past the address space", name,
                    (unsigned long long)dl->byte_offset);
-    if (dl->data != NULL) {
-        tensor.data = (char *)dl->data + dl->byte_offset;
-    }
-    RADDLE_TRY(raddle_tensor_check_layout(&tensor));
-    *out_tensor = tensor;
-    return RADDLE_OK;
+    tensor->data = dl->data != NULL ? (char *)dl->data + dl->byte_offset : NULL;
+    return raddle_tensor_check_layout(tensor);
 }
 
 void raddle_tensor_to_dlpack(const raddle_tensor *tensor, DLTensor *out_dl) {

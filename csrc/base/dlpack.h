@@ -24,7 +24,8 @@ raddle_status raddle_dtype_resolve(const char *name, raddle_dtype stored, raddle
  * made sane. */
 raddle_status raddle_tensor_check_layout(raddle_tensor *tensor);
 
-/* wanted as in raddle_dtype_resolve. flags: DLPACK_FLAG_BITMASK_*. */
+/* wanted as in raddle_dtype_resolve. flags: DLPACK_FLAG_BITMASK_*. out_tensor is filled in place:
+ * garbage on failure, and its entries past ndim are left alone. */
 raddle_status raddle_tensor_from_dlpack(const DLTensor *dl, uint64_t flags, const char *name,
                                         raddle_dtype wanted, raddle_tensor *out_tensor);
 /* Shape and strides of out_dl point into tensor. */

@@ -1,4 +1,5 @@
-/* module.h - the C module raddle._core: what its files give to module.c, and how a status becomes an exception. */
+/* module.h - the C module raddle._core: what its files give to module.c, and how a status becomes
+ * an exception. */
 #ifndef RADDLE_PYTHON_MODULE_H
 #define RADDLE_PYTHON_MODULE_H
 
@@ -7,23 +8,28 @@
 
 #include "base/status.h"
 
-/* CPython's slot and method tables hold functions as void * or as PyCFunction; ISO C only allows that as an extension. */
+/* CPython's slot and method tables hold functions as void * or as PyCFunction; ISO C only allows
+ * that as an extension. */
 #define RADDLE_SLOT(function) (__extension__(void *)(function))
 #define RADDLE_FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
 
-/* Sets the exception of raddle.errors that belongs to status, with this thread's message and log; returns NULL. */
+/* Sets the exception of raddle.errors that belongs to status, with this thread's message and log;
+ * returns NULL. */
 PyObject *raddle_raise(raddle_status status);
 
-/* Each file of csrc/python that defines types or functions has one of these, called by module.c's exec slot. */
-int raddle_py_add_tensor(PyObject *module); /* py_tensor.c: Tensor, empty, from_dlpack, tensor_info, alloc_live */
+/* Each file of csrc/python that defines types or functions has one of these, called by module.c's
+ * exec slot. */
+int raddle_py_add_tensor(
+    PyObject *module); /* py_tensor.c: Tensor and what makes and inspects it */
 int raddle_py_add_attention(PyObject *module) __attribute__((weak)); /* py_attention.c */
 int raddle_py_add_ops(PyObject *module) __attribute__((weak));       /* py_ops.c */
-int raddle_py_add_runtime(PyObject *module) __attribute__((weak));   /* py_runtime.c: Workspace, Graph */
+int raddle_py_add_runtime(PyObject *module)
+    __attribute__((weak)); /* py_runtime.c: Workspace, Graph */
 /* py_system.c: doctor's facts, cache, warmup, counters */
 int raddle_py_add_system(PyObject *module) __attribute__((weak));
 
-/* Raises what the core noticed since the last call (cuda/notice.h) as RuntimeWarning: called when a plan was made. -1
- * when a warning became an exception. */
+/* Raises what the core noticed since the last call (cuda/notice.h) as RuntimeWarning: called when a
+ * plan was made. -1 when a warning became an exception. */
 int raddle_py_warn_notices(void) __attribute__((weak));
 
 #endif

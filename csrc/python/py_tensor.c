@@ -337,33 +337,73 @@ static PyObject *module_from_dlpack(PyObject *module, PyObject *const *args, Py_
     return raddle_py_tensor_wrap(&hold.tensor, hold.owner);
 }
 
-PyDoc_STRVAR(tensor_info_doc,
-             "tensor_info($module, tensor, /)\n--\n\n"
-             "How raddle sees a tensor: (dtype, device, shape, strides, read_only, door).\n\n"
-             "door is the way in: \"raddle\", \"numpy\", \"exchange table\", \"dlpack\" or "
-             "\"dlpack legacy\".");
+PyDoc_STRVAR(
+    empty_like_doc,
+    "empty_like($module, like, shape, dtype, device, /)\n--\n\n"
+    "A new tensor of the same kind as like, out of its own framework's allocator: torch for\n"
+    "torch, ndarray for ndarray (bfloat16 as uint16, fp8 as uint8), else a Tensor.");
 
-static PyObject *module_tensor_info(PyObject *module, PyObject *object) {
-    raddle_tensor_arg arg;
-    raddle_tensor_type entry;
+static PyObject *module_empty_like(PyObject *module, PyObject *const *args, Py_ssize_t num_args) {
+    int64_t shape[RADDLE_MAX_DIM];
+    int ndim = 0;
+    raddle_dtype dtype;
+    raddle_device device;
     (void)module;
-    if (raddle_tensor_arg_open(object, "tensor", RADDLE_ARG_READ, RADDLE_DTYPE_NONE, &arg) < 0) {
+    if (num_args != 4) {
+        return PyErr_Format(PyExc_TypeError, "empty_like() takes 4 arguments, got %zd", num_args);
+    }
+    if (raddle_shape_from_object(args[1], "shape", shape, &ndim) < 0 ||
+        raddle_dtype_from_object(args[2], "dtype", &dtype) < 0 ||
+        raddle_device_from_object(args[3], "device", &device) < 0) {
         return NULL;
     }
-    PyObject *result = NULL, *shape = NULL, *strides = NULL, *device = NULL;
-    if (raddle_find_door(object, "tensor", &entry) == 0) {
-        shape = tuple_of(arg.tensor.shape, arg.tensor.ndim);
-        strides = tuple_of(arg.tensor.stride, arg.tensor.ndim);
-        device = device_text(arg.tensor.device);
-    }
+    return raddle_tensor_arg_new_like(args[0], shape, ndim, dtype, device);
+}
+
+PyDoc_STRVAR(
+    tensor_info_doc,
+    "tensor_info($module, tensor, dtype=None, write=False, /)\n--\n\n"
+    "How raddle sees a tensor: (dtype, device, shape, strides, read_only, door).\n\n"
+    "door is the way in: \"raddle\", \"numpy\", \"exchange table\", \"dlpack\" or\n"
+    "\"dlpack legacy\". dtype: how its bits are to be read. write: also demand that it may be\n"
+    "written.");
+
+static PyObject *describe(const raddle_tensor *tensor, const char *door) {
+    PyObject *shape = tuple_of(tensor->shape, tensor->ndim);
+    PyObject *strides = tuple_of(tensor->stride, tensor->ndim);
+    PyObject *device = device_text(tensor->device);
+    PyObject *result = NULL;
     if (shape && strides && device) {
-        result =
-            Py_BuildValue("sOOOOs", raddle_dtype_name(arg.tensor.dtype), device, shape, strides,
-                          arg.tensor.read_only ? Py_True : Py_False, raddle_door_name(&entry));
+        result = Py_BuildValue("sOOOOs", raddle_dtype_name(tensor->dtype), device, shape, strides,
+                               tensor->read_only ? Py_True : Py_False, door);
     }
     Py_XDECREF(device);
     Py_XDECREF(strides);
     Py_XDECREF(shape);
+    return result;
+}
+
+static PyObject *module_tensor_info(PyObject *module, PyObject *const *args, Py_ssize_t num_args) {
+    raddle_tensor_arg arg;
+    raddle_tensor_type entry;
+    raddle_dtype dtype = RADDLE_DTYPE_NONE;
+    (void)module;
+    if (num_args < 1 || num_args > 3) {
+        return PyErr_Format(PyExc_TypeError, "tensor_info() takes 1 to 3 arguments, got %zd",
+                            num_args);
+    }
+    const int write = num_args > 2 ? PyObject_IsTrue(args[2]) : 0;
+    if (write < 0 || (num_args > 1 && raddle_dtype_from_object(args[1], "dtype", &dtype) < 0)) {
+        return NULL;
+    }
+    if (raddle_tensor_arg_open(args[0], "tensor", write ? RADDLE_ARG_WRITE : RADDLE_ARG_READ, dtype,
+                               &arg) < 0) {
+        return NULL;
+    }
+    PyObject *result = NULL;
+    if (raddle_find_door(args[0], "tensor", &entry) == 0) {
+        result = describe(&arg.tensor, raddle_door_name(&entry));
+    }
     raddle_tensor_arg_close(&arg);
     return result;
 }
@@ -381,7 +421,8 @@ static PyObject *module_alloc_live(PyObject *module, PyObject *unused) {
 static PyMethodDef module_functions[] = {
     {"empty", RADDLE_FASTCALL(module_empty), METH_FASTCALL, empty_doc},
     {"from_dlpack", RADDLE_FASTCALL(module_from_dlpack), METH_FASTCALL, from_dlpack_doc},
-    {"tensor_info", module_tensor_info, METH_O, tensor_info_doc},
+    {"empty_like", RADDLE_FASTCALL(module_empty_like), METH_FASTCALL, empty_like_doc},
+    {"tensor_info", RADDLE_FASTCALL(module_tensor_info), METH_FASTCALL, tensor_info_doc},
     {"alloc_live", module_alloc_live, METH_NOARGS, alloc_live_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -225,6 +225,23 @@ PyObject *raddle_py_tensor_dlpack_device(PyObject *self, PyObject *unused) {
 
 /* ---------------------------------------------------------------- the exchange table */
 
+/* DLPack's way to fail: the pending exception becomes a kind and a message. */
+static void pass_exception(void *error_context,
+                           void (*set_error)(void *error_context, const char *kind,
+                                             const char *message)) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    PyObject *text = value ? PyObject_Str(value) : NULL;
+    const char *words = text ? PyUnicode_AsUTF8(text) : NULL;
+    PyErr_Clear();
+    set_error(error_context, "RuntimeError", words ? words : "raddle could not allocate");
+    Py_XDECREF(text);
+    Py_XDECREF(traceback);
+    Py_XDECREF(value);
+    Py_XDECREF(type);
+}
+
 static int table_allocate(DLTensor *prototype, DLManagedTensorVersioned **out, void *error_context,
                           void (*set_error)(void *error_context, const char *kind,
                                             const char *message)) {
@@ -241,16 +258,13 @@ static int table_allocate(DLTensor *prototype, DLManagedTensorVersioned **out, v
     PyObject *tensor = raddle_py_tensor_new(prototype->shape, prototype->ndim, dtype, device);
     DLManagedTensorVersioned *managed = tensor ? export_versioned(tensor, false) : NULL;
     Py_XDECREF(tensor);
-    if (!managed) {
-        PyErr_Clear();
+    if (managed) {
+        *out = managed;
+    } else {
+        pass_exception(error_context, set_error);
     }
     PyGILState_Release(gil);
-    if (!managed) {
-        set_error(error_context, "RuntimeError", raddle_last_error()->message);
-        return -1;
-    }
-    *out = managed;
-    return 0;
+    return managed ? 0 : -1;
 }
 
 static int table_from_object(void *object, DLManagedTensorVersioned **out) {

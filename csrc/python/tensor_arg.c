@@ -90,8 +90,10 @@ static int fail_from_producer(const char *name, const char *what) {
     PyObject *text = PyObject_Str(value);
     const char *words = text ? PyUnicode_AsUTF8(text) : NULL;
     PyErr_Clear();
-    raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "%s: %s failed: %s: %s", name, what,
-                             ((PyTypeObject *)type)->tp_name, words ? words : "(no message)"));
+    const int length = words ? (int)strcspn(words, "\n") : 0; /* torch adds its C++ stack */
+    raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "%s: %s failed: %s: %.*s", name, what,
+                             ((PyTypeObject *)type)->tp_name, length < 400 ? length : 400,
+                             words ? words : ""));
     Py_XDECREF(text);
 
     PyObject *our_type, *our_value, *our_traceback;
@@ -218,36 +220,34 @@ static raddle_status refuse_numpy_dtype(PyArrayObject *array, const char *name) 
 }
 
 static raddle_status view_numpy(PyArrayObject *array, const char *name, raddle_dtype dtype,
-                                raddle_tensor *out_tensor) {
-    raddle_tensor tensor = {.data = PyArray_DATA(array),
-                            .name = name,
-                            .device = {RADDLE_CPU, 0},
-                            .read_only = !PyArray_ISWRITEABLE(array)};
+                                raddle_tensor *tensor) {
     const int ndim = PyArray_NDIM(array);
-    const int64_t item = (int64_t)PyArray_ITEMSIZE(array);
+    tensor->name = name;
+    tensor->data = PyArray_DATA(array);
+    tensor->device = (raddle_device){RADDLE_CPU, 0};
+    tensor->read_only = !PyArray_ISWRITEABLE(array);
     RADDLE_REQUIRE(PyArray_ISNOTSWAPPED(array), RADDLE_ERR_DTYPE,
-                   "%s: its bytes are in the other byte order; pass %s.astype of the native dtype",
-                   name, name);
+                   "%s: its bytes are in the other byte order; convert it with astype first", name);
     const raddle_dtype stored = numpy_dtype(array, dtype != RADDLE_DTYPE_NONE);
     if (stored == RADDLE_DTYPE_NONE) {
         return refuse_numpy_dtype(array, name);
     }
-    RADDLE_TRY(raddle_dtype_resolve(name, stored, dtype, &tensor.dtype));
+    RADDLE_TRY(raddle_dtype_resolve(name, stored, dtype, &tensor->dtype));
     RADDLE_REQUIRE(ndim <= RADDLE_MAX_DIM, RADDLE_ERR_SHAPE,
                    "%s: expected at most %d dimensions, got %d", name, (int)RADDLE_MAX_DIM, ndim);
-    tensor.ndim = ndim;
+    tensor->ndim = ndim;
+    const int64_t item = (int64_t)raddle_dtype_bytes(stored); /* a power of two: masks and shifts */
+    const int shift = __builtin_ctzll((unsigned long long)item);
     for (int i = 0; i < ndim; i++) {
         const int64_t bytes = (int64_t)PyArray_STRIDE(array, i);
-        tensor.shape[i] = (int64_t)PyArray_DIM(array, i);
-        RADDLE_REQUIRE(bytes % item == 0 || tensor.shape[i] <= 1, RADDLE_ERR_SHAPE,
-                       "%s: the stride of %lld bytes in dimension %d is no multiple of the element "
-                       "size %lld; pass a copy",
+        tensor->shape[i] = (int64_t)PyArray_DIM(array, i);
+        RADDLE_REQUIRE((bytes & (item - 1)) == 0 || tensor->shape[i] <= 1, RADDLE_ERR_SHAPE,
+                       "%s: the stride of %lld bytes in dimension %d is no multiple of the "
+                       "element size %lld; pass a copy",
                        name, (long long)bytes, i, (long long)item);
-        tensor.stride[i] = bytes / item;
+        tensor->stride[i] = bytes >> shift; /* arithmetic: rounds down, exact here */
     }
-    RADDLE_TRY(raddle_tensor_check_layout(&tensor));
-    *out_tensor = tensor;
-    return RADDLE_OK;
+    return raddle_tensor_check_layout(tensor);
 }
 
 /* New reference to what to ask for a capsule: torch refuses those that require grad, under no_grad
@@ -411,9 +411,15 @@ out:
  * for. */
 static int open_object(PyObject *object, const char *name, int access, raddle_dtype dtype,
                        bool keep, raddle_tensor_arg *arg) {
-    memset(arg, 0, sizeof *arg);
-    arg->tensor.name = name;
+    arg->view = NULL;
+    arg->object = NULL;
+    arg->managed = NULL;
+    arg->managed_versioned = 0;
+    arg->stream = NULL;
+    arg->has_stream = 0;
     if (object == Py_None && (access & RADDLE_ARG_OPTIONAL)) {
+        memset(&arg->tensor, 0, sizeof arg->tensor);
+        arg->tensor.name = name;
         return 0;
     }
     raddle_tensor_type entry;
@@ -483,11 +489,39 @@ static void release_kept(PyObject *capsule) {
                     versioned);
 }
 
+/* New reference to what a hold is opened on. A torch tensor can be given other storage later
+ * (t.set_(..), param.data = ..), and its export follows: an alias made by detach() does not.
+ * (torch's resize_ frees storage under every alias; nothing can be done about that.) */
+static PyObject *alias_of(PyObject *object, const char *name) {
+    raddle_tensor_type entry;
+    if (object == Py_None) {
+        return Py_NewRef(object);
+    }
+    if (raddle_find_door(object, name, &entry) < 0) {
+        return NULL;
+    }
+    if (!entry.is_torch ||
+        (entry.door == RADDLE_DOOR_TABLE && !entry.table->managed_tensor_from_py_object_no_sync)) {
+        return Py_NewRef(object);
+    }
+    PyObject *alias = PyObject_CallMethod(object, "detach", NULL);
+    if (!alias) {
+        fail_from_producer(name, "detach");
+    }
+    return alias;
+}
+
 int raddle_tensor_hold_open(PyObject *object, const char *name, int access, raddle_dtype dtype,
                             raddle_tensor_hold *hold) {
     raddle_tensor_arg arg;
     memset(hold, 0, sizeof *hold);
-    if (open_object(object, name, access, dtype, true, &arg) < 0) {
+    PyObject *source = alias_of(object, name);
+    if (!source) {
+        return -1;
+    }
+    const int opened = open_object(source, name, access, dtype, true, &arg);
+    Py_DECREF(source); /* arg.managed keeps what it needs; without it source is object */
+    if (opened < 0) {
         return -1;
     }
     hold->tensor = arg.tensor;

@@ -1,7 +1,7 @@
-"""raddle: attention and what stands around it for serving language models, on CPUs and NVIDIA GPUs.
+"""raddle: attention and what stands around it for serving language models, on CPUs and GPUs.
 
-Importing it opens no GPU, starts no thread, writes no file and imports neither NumPy nor torch; families are loaded
-when they are first named.
+Importing it opens no GPU, starts no thread, writes no file and imports neither NumPy nor torch;
+families are loaded when they are first named.
 """
 
 from importlib import import_module

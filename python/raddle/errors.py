@@ -1,6 +1,6 @@
-"""What raddle raises. Every class is a RaddleError, and also kin of the built-in class that callers expect.
+"""What raddle raises: every class is a RaddleError, and kin of the built-in that callers expect.
 
-A message names the argument as the caller typed it, what came, what was expected and what to do about it.
+A message names the argument as the caller typed it, what came, what was expected and what to do.
 """
 
 __all__ = [
@@ -44,7 +44,7 @@ class CapacityError(RaddleError, ValueError):
 
 
 class StateError(RaddleError, RuntimeError):
-    """The right call at the wrong moment: run before plan, two threads in one plan, a stale graph."""
+    """The right call at the wrong moment: run before plan, two threads in a plan, a stale graph."""
 
 
 class UnsupportedError(RaddleError, NotImplementedError):
