@@ -120,6 +120,27 @@ raddle_status raddle_workspace_wrap(raddle_device device, void *data, size_t byt
 void raddle_workspace_destroy(raddle_workspace *workspace);
 size_t raddle_workspace_bytes(const raddle_workspace *workspace);
 
+/* ---------------------------------------------------------------- graphs */
+
+/* Captures what this thread launches between begin and end, to be launched again as one. stream
+ * NULL: a stream of the graph's own (the legacy default stream cannot be captured);
+ * raddle_graph_stream tells it. CUDA only. Between begin and end nothing may be planned, allocated
+ * or waited for. Plans that run are kept alive by the graph and may be updated between launches
+ * within their maxima; tensors stay the caller's to keep alive. */
+raddle_status raddle_graph_begin(raddle_device device, raddle_stream stream,
+                                 raddle_graph **out_graph);
+/* On the thread that began. A failure leaves a graph that is only good for destroy. */
+raddle_status raddle_graph_end(raddle_graph *graph);
+/* Ends the capture and forgets what was captured; on the thread that began. */
+void raddle_graph_abort(raddle_graph *graph);
+/* Waits on stream for the last update of every captured plan, then runs the graph there. Updates of
+ * those plans must be ordered behind it by the caller if they go to another stream.
+ * RADDLE_ERR_STATE when a plan was refused for capacity since the capture: the graph is stale,
+ * capture anew. */
+raddle_status raddle_graph_launch(raddle_graph *graph, raddle_stream stream);
+raddle_stream raddle_graph_stream(const raddle_graph *graph);
+void raddle_graph_destroy(raddle_graph *graph);
+
 /* ---------------------------------------------------------------- KV cache */
 
 typedef enum raddle_kv_layout { RADDLE_NHD = 0, RADDLE_HND = 1 } raddle_kv_layout;

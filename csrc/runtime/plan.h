@@ -41,6 +41,7 @@ struct raddle_plan {
     uint64_t failed_capacity;    /* updates refused for capacity since creation: a captured graph
                                     compares */
     raddle_workspace *workspace; /* bound, or made at the first update when none was */
+    raddle_staging *staging; /* the family's, or NULL: a graph's launch waits for its last commit */
 };
 
 /* bytes: of the family's whole struct, zeroed. */

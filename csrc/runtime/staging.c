@@ -74,5 +74,9 @@ raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream)
     if (stream == staging->stream) {
         return RADDLE_OK;
     }
-    return staging->backend->stream_wait_event(staging->device, stream, staging->ready);
+    /* A capture cannot wait for what is outside it: the graph's launch does (runtime/graph.c). */
+    bool capturing = false;
+    RADDLE_TRY(staging->backend->is_capturing(staging->device, stream, &capturing));
+    return capturing ? RADDLE_OK
+                     : staging->backend->stream_wait_event(staging->device, stream, staging->ready);
 }
