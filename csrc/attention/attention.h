@@ -67,12 +67,13 @@ struct raddle_attention_plan {
     raddle_attention_limits limits;
     raddle_staging staging; /* the schedule and the page table, one block */
     size_t pages_offset;    /* of the page table in that block */
-    raddle_attention_schedule
-        host;                  /* of the last update, in its slot: for checks and plan.schedule() */
-    int64_t max_page_id;       /* of the last update from host indices; -1: not known */
-    const int32_t *host_pages; /* of the last update from host indices, in its slot */
-    int32_t *arrivals;         /* device memory of the plan, zeroed once */
-    void *backend_state;       /* kernels on CUDA */
+    /* Of the last update, in its slot: for checks and plan.schedule(). */
+    raddle_attention_schedule host;
+    const int32_t *host_pages;
+    int64_t max_page_id;            /* -1: the page table came from the device, or is empty */
+    raddle_attention_params params; /* all but the tensors of a run */
+    int32_t *arrivals;              /* device memory of the plan, zeroed once */
+    void *backend_state;            /* kernels on CUDA, scratch on the CPU */
 };
 
 /* attention_spec.c */

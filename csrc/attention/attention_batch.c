@@ -161,19 +161,36 @@ static raddle_status fill_table_lengths(const raddle_attention_plan *plan,
 
 /* ------------------------------------------------------------------ page table */
 
+/* Contiguous int32, the usual case: one pass that compilers vectorise. Returns the largest id, or a
+ * negative one if there is any. */
+static int64_t copy_plain_pages(const int32_t *ids, int64_t count, int32_t *out) {
+    int32_t most = -1, signs = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t id = ids[i];
+        most = id > most ? id : most;
+        signs |= id;
+        out[i] = id;
+    }
+    return signs < 0 ? INT32_MIN : most;
+}
+
 static raddle_status copy_pages(const raddle_tensor *table, int64_t first, int64_t count,
                                 int64_t stride, int32_t *out, raddle_attention_reading *reading) {
+    if (table->dtype == RADDLE_I32 && stride == 1) {
+        const int64_t most = copy_plain_pages((const int32_t *)table->data + first, count, out);
+        if (most >= -1) {
+            reading->max_page_id = most > reading->max_page_id ? most : reading->max_page_id;
+            return RADDLE_OK;
+        }
+    }
     for (int64_t i = 0; i < count; i++) {
         const int64_t at = first + i * stride;
         const int64_t id = table->dtype == RADDLE_I64 ? ((const int64_t *)table->data)[at]
                                                       : ((const int32_t *)table->data)[at];
-        if (id < 0 || id > reading->max_page_id) {
-            RADDLE_REQUIRE(id >= 0 && id <= INT32_MAX, RADDLE_ERR_VALUE,
-                           "%s: page id %lld at position %lld is out of range", table->name,
-                           (long long)id, (long long)i);
-            reading->max_page_id = id;
-            reading->max_page_position = i;
-        }
+        RADDLE_REQUIRE(id >= 0 && id <= INT32_MAX, RADDLE_ERR_VALUE,
+                       "%s: page id %lld at position %lld is out of range", table->name,
+                       (long long)id, (long long)i);
+        reading->max_page_id = id > reading->max_page_id ? id : reading->max_page_id;
         out[i] = (int32_t)id;
     }
     return RADDLE_OK;

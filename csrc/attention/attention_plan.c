@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "base/tensor.h"
+#include "runtime/graph.h"
 
 /* ------------------------------------------------------------------ layouts */
 
@@ -112,6 +113,7 @@ static raddle_status build_plan(raddle_attention_plan *plan) {
     RADDLE_TRY(backend->fill(device, plan->arrivals, 0, arrivals_bytes, NULL));
     RADDLE_TRY(backend->synchronize(device, NULL));
     fill_constant_params(plan);
+    plan->base.staging = &plan->staging;
     plan->base.state = RADDLE_PLAN_READY;
     return RADDLE_OK;
 }
@@ -175,7 +177,7 @@ static raddle_status update_plan(raddle_attention_plan *plan, const raddle_atten
     RADDLE_TRY(send_slot(plan, &reading, &slot, slot_data, stream));
     plan->host = slot.schedule;
     plan->max_page_id = reading.max_page_id;
-    plan->max_page_position = reading.max_page_position;
+    plan->host_pages = slot.pages;
     plan->base.state = RADDLE_PLAN_PLANNED;
     plan->base.generation++;
     return RADDLE_OK;
@@ -206,6 +208,28 @@ static raddle_status check_rows(const raddle_attention_plan *plan, const raddle_
                                                  : RADDLE_OK;
 }
 
+/* Names the first page id of the planned batch that the cache does not have. */
+static raddle_status fail_page(const raddle_attention_plan *plan, int64_t num_pages) {
+    const int64_t page_size = plan->config.page_size;
+    for (int32_t r = 0; r < plan->host.header->batch; r++) {
+        const raddle_attention_request *request = &plan->host.requests[r];
+        const int64_t used = (request->kv_len + page_size - 1) / page_size;
+        for (int64_t i = request->kv_begin; i < request->kv_begin + used; i++) {
+            if (plan->host_pages[i] >= num_pages) {
+                return raddle_fail(RADDLE_ERR_VALUE,
+                                   "indices: page id %d at position %lld (request %d) is out of "
+                                   "range for a cache of %lld pages",
+                                   (int)plan->host_pages[i], (long long)i, (int)r,
+                                   (long long)num_pages);
+            }
+        }
+    }
+    return raddle_fail(RADDLE_ERR_VALUE,
+                       "indices: page id %lld is out of range for a cache of "
+                       "%lld pages",
+                       (long long)plan->max_page_id, (long long)num_pages);
+}
+
 static raddle_status check_cache(const raddle_attention_plan *plan, const raddle_kv_cache *kv) {
     const raddle_attention_config *config = &plan->config;
     char want[16], got[16];
@@ -228,11 +252,9 @@ static raddle_status check_cache(const raddle_attention_plan *plan, const raddle
         (int)config->num_kv_heads, (int)config->head_dim_qk, (int)config->head_dim_vo,
         (int)kv->num_kv_heads, (int)kv->head_dim_qk, (int)kv->head_dim_vo);
     if (config->page_size > 0) {
-        RADDLE_REQUIRE(plan->max_page_id < kv->num_pages, RADDLE_ERR_VALUE,
-                       "indices: page id %lld at position %lld is out of range for a cache of %lld "
-                       "pages",
-                       (long long)plan->max_page_id, (long long)plan->max_page_position,
-                       (long long)kv->num_pages);
+        if (plan->max_page_id >= kv->num_pages) {
+            return fail_page(plan, kv->num_pages);
+        }
     } else if (plan->host.header->batch > 0) {
         const raddle_attention_request *last = &plan->host.requests[plan->host.header->batch - 1];
         const int64_t rows = (int64_t)last->kv_begin + last->kv_len;
@@ -308,7 +330,10 @@ static raddle_status run_plan(raddle_attention_plan *plan, const raddle_attentio
 raddle_status raddle_attention_plan_run(raddle_plan *base, const raddle_attention_args *args,
                                         raddle_stream stream) {
     RADDLE_TRY(raddle_plan_enter(base, RADDLE_PLAN_PLANNED));
-    raddle_status status = run_plan((raddle_attention_plan *)base, args, stream);
+    raddle_status status = raddle_graph_note_plan(base);
+    if (status == RADDLE_OK) {
+        status = run_plan((raddle_attention_plan *)base, args, stream);
+    }
     raddle_plan_leave(base);
     return status;
 }
