@@ -5,8 +5,8 @@ Needs `pip install 'raddle[engine]'` for models with a tokenizer; NumPy alone ru
 
 from .config import ModelConfig
 from .engine import Engine
-from .reply import Output, TokenLogprob
-from .sampling import SamplingParams
+from .reply import Output
+from .sampling import SamplingParams, TokenLogprob
 from .tokenizer import Tokenizer
 
 __all__ = ["Engine", "ModelConfig", "Output", "SamplingParams", "TokenLogprob", "Tokenizer"]

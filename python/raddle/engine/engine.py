@@ -17,9 +17,9 @@ from ..errors import ArgumentError, CapacityError, StateError, UnsupportedError
 from .config import DTYPES, ModelConfig
 from .memory import build_cache
 from .model import Model
-from .reply import Reply, TokenLogprob
+from .reply import Reply
 from .runner import Runner
-from .sampling import SamplingParams, SamplingTable
+from .sampling import SamplingParams, SamplingTable, draw_logprobs, to_host
 from .scheduler import Scheduler, Sequence, Step
 from .tokenizer import Tokenizer
 from .weights import DummyWeights, open_weights
@@ -144,9 +144,7 @@ class Engine:
                 "tokens with room for an answer; shorten it"
             )
         if params.n > self.max_batch:
-            raise CapacityError(
-                f"n: {params.n} is more than max_batch, {self.max_batch}"
-            )
+            raise CapacityError(f"n: {params.n} is more than max_batch, {self.max_batch}")
         if self.tokenizer is None and params.stop:
             raise UnsupportedError("stop: an engine without tokenizer knows no texts")
         request_id = next(self._ids) if request_id is None else request_id
@@ -198,7 +196,13 @@ class Engine:
         return len(self._scheduler.waiting)
 
     @property
+    def cache_bytes(self):
+        """Memory of the KV cache."""
+        return sum(group.num_bytes for group in self.cache.groups)
+
+    @property
     def num_preemptions(self):
+        """How often a sequence gave its pages back to be read again."""
         return self._scheduler.num_preemptions
 
     # ---- steps
@@ -276,11 +280,9 @@ class Engine:
             while sequence.computed < len(tokens):
                 count = min(self.max_batch, len(tokens) - sequence.computed)
                 if not self.cache.grow(sequence.slot, sequence.computed + count):
-                    raise CapacityError(
-                        "logits: the KV cache is full; step until some are done"
-                    )
+                    raise CapacityError("logits: the KV cache is full; step until some are done")
                 step = Step([], np.zeros(0, np.int64), [(sequence, count)])
-                pieces.append(_to_host(self._runner.run(step, all_rows=True)).copy())
+                pieces.append(to_host(self._runner.run(step, all_rows=True)).copy())
                 sequence.computed += count
                 self.cache.lengths[sequence.slot] = sequence.computed
         finally:
@@ -297,8 +299,10 @@ class Engine:
         if not step.samples:
             return
         sequences = [sequence for sequence, _ in step.samples]
-        ids = self._draw(logits, sequences)
-        logprobs = self._logprobs(logits, ids, sequences)
+        slots = [sequence.slot for sequence in sequences]
+        offsets = [len(sequence.tokens) - sequence.num_prompt for sequence in sequences]
+        ids = self._sampling.draw(logits, slots, offsets)
+        logprobs = draw_logprobs(logits, ids, [s.params.logprobs for s in sequences])
         finished = []
         for i, (sequence, token) in enumerate(zip(sequences, ids)):
             if token < 0:
@@ -321,51 +325,6 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._requests[sequence.request]
-
-    def _draw(self, logits, sequences):
-        """A token for each row; -1 where a row is no distribution (the model overflowed)."""
-        import numpy as np
-
-        slots = np.array([sequence.slot for sequence in sequences])
-        offsets = np.array([len(s.tokens) - s.num_prompt for s in sequences], np.int64)
-        try:
-            return _to_host(self._sampling.sample(logits, slots, offsets)).tolist()
-        except ArgumentError:
-            host = _to_host(logits)
-            good = (host.max(axis=1) > -np.inf).nonzero()[0]  # false for NaN too
-            if len(good) == len(slots):
-                raise
-        ids = np.full(len(slots), -1, np.int32)
-        if len(good):
-            drawn = self._sampling.sample(host[good], slots[good], offsets[good])
-            ids[good] = _to_host(drawn)
-        return ids.tolist()
-
-    def _logprobs(self, logits, ids, sequences):
-        """{row: TokenLogprob} of the rows whose request wants them."""
-        import numpy as np
-
-        from .. import ops
-
-        tops = {
-            i: sequence.params.logprobs
-            for i, sequence in enumerate(sequences)
-            if sequence.params.logprobs is not None and ids[i] >= 0
-        }
-        if not tops:
-            return {}
-        rows = np.array(list(tops), np.int32)
-        picked = np.array(ids, np.int32)[rows]
-        wanted = ops.embedding(rows, logits)  # a gather of rows
-        top = max(tops.values())
-        parts = ops.token_logprobs(wanted, picked, top=top)
-        own, top_ids, top_logprobs = (_to_host(part).tolist() for part in parts)
-        return {
-            row: TokenLogprob(
-                int(picked[i]), own[i], list(zip(top_ids[i], top_logprobs[i]))[: tops[row]]
-            )
-            for i, row in enumerate(tops)
-        }
 
     def _restart(self):
         """After a step that was broken off: retire what is done, compute the rest again."""
@@ -417,8 +376,3 @@ def _signed(value):
     """The int64 with the low 64 bits of value."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
-
-
-def _to_host(tensor):
-    tensor = tensor if getattr(tensor, "device", "cpu") == "cpu" else tensor.to("cpu")
-    return tensor.numpy() if hasattr(tensor, "numpy") else tensor

@@ -78,6 +78,10 @@ class KVGroup:
         self.held = np.zeros(max_slots, np.int32)
         self.dropped = np.zeros(max_slots, np.int32)
 
+    @property
+    def num_bytes(self):
+        return sum(cache.nbytes for cache in self.caches)
+
     def clear(self):
         self.held[:] = 0
         self.dropped[:] = 0

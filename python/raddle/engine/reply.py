@@ -6,15 +6,6 @@ from .sampling import StopStrings
 
 
 @dataclass(slots=True)
-class TokenLogprob:
-    """A sampled token's log-probability, and those of the likeliest tokens, best first."""
-
-    token_id: int
-    logprob: float
-    top: list  # of (token id, logprob)
-
-
-@dataclass(slots=True)
 class Output:
     """News of one answer. What is `new` since the last Output, or all of it with stream=False.
 

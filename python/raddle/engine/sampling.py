@@ -133,8 +133,27 @@ class SamplingTable:
         self.top_k[slot] = params.top_k
         self.seed[slot] = seed
 
-    def sample(self, logits, slots, offsets, stream=None):
-        """Draw a token for each row of logits: the offsets[i]-th of the answer in slots[i]."""
+    def draw(self, logits, slots, offsets):
+        """A token for each row of logits: the offsets[i]-th of the answer in slots[i].
+
+        -1 for a row that is no distribution, which a model makes that overflows.
+        """
+        import numpy as np
+
+        slots, offsets = np.array(slots), np.array(offsets, np.int64)
+        try:
+            return to_host(self._sample(logits, slots, offsets)).tolist()
+        except ArgumentError:  # the CPU refuses all rows for one; a GPU says -1
+            host = to_host(logits)
+            good = (host.max(axis=1) > -np.inf).nonzero()[0]  # false for NaN too
+            if len(good) == len(slots):
+                raise
+        ids = np.full(len(slots), -1, np.int32)
+        if len(good):
+            ids[good] = to_host(self._sample(host[good], slots[good], offsets[good]))
+        return ids.tolist()
+
+    def _sample(self, logits, slots, offsets):
         from .. import ops
 
         return ops.sample(
@@ -145,5 +164,41 @@ class SamplingTable:
             min_p=self.min_p[slots],
             seed=self.seed[slots],
             offset=offsets,
-            stream=stream,
         )
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """A sampled token's log-probability, and those of the likeliest tokens, best first."""
+
+    token_id: int
+    logprob: float
+    top: list  # of (token id, logprob)
+
+
+def draw_logprobs(logits, ids, wanted):
+    """{row: TokenLogprob} of the rows whose wanted[row] is a number of tokens, not None."""
+    import numpy as np
+
+    from .. import ops
+
+    tops = {i: top for i, top in enumerate(wanted) if top is not None and ids[i] >= 0}
+    if not tops:
+        return {}
+    rows = np.array(list(tops), np.int32)
+    picked = np.array(ids, np.int32)[rows]
+    if len(rows) < len(ids):
+        logits = ops.embedding(rows, logits)  # a gather of rows
+    parts = ops.token_logprobs(logits, picked, top=max(tops.values()))
+    own, top_ids, top_logprobs = (to_host(part).tolist() for part in parts)
+    return {
+        row: TokenLogprob(int(picked[i]), own[i], list(zip(top_ids[i], top_logprobs[i]))[:top])
+        for i, (row, top) in enumerate(tops.items())
+    }
+
+
+def to_host(tensor):
+    """A NumPy array of a tensor on any device."""
+    if not hasattr(tensor, "numpy"):
+        return tensor
+    return (tensor if tensor.device == "cpu" else tensor.to("cpu")).numpy()
