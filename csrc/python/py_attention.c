@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "base/alloc.h"
+#include "python/py_runtime.h"
 
 typedef struct attention_plan_object {
     PyObject_HEAD raddle_plan *plan;
@@ -64,6 +65,10 @@ static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     self->plan = plan;
     self->layout = layout;
     self->is_cpu = spec.device.type == RADDLE_CPU;
+    if (raddle_py_warn_notices() < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
     return (PyObject *)self;
 }
 
@@ -76,43 +81,16 @@ static void plan_dealloc(attention_plan_object *self) {
 
 /* ------------------------------------------------------------------ workspace */
 
-static void release_hold(void *context) {
-    raddle_tensor_hold *hold = context;
-    PyGILState_STATE gil = PyGILState_Ensure();
-    raddle_tensor_hold_close(hold);
-    PyGILState_Release(gil);
-    raddle_free(hold);
-}
-
 PyDoc_STRVAR(plan_bind_doc,
-             "bind(workspace, /)\n--\n\nUse the memory of a contiguous tensor as scratch.");
+             "bind(workspace, /)\n--\n\nUse a Workspace, or the memory of a contiguous tensor, as "
+             "scratch.");
 
 static PyObject *plan_bind(attention_plan_object *self, PyObject *object) {
-    raddle_tensor_hold *hold = raddle_alloc_zero(sizeof *hold);
-    if (hold == NULL) {
-        return raddle_raise(raddle_fail_memory(sizeof *hold));
-    }
-    if (raddle_tensor_hold_open(object, "workspace", RADDLE_ARG_WRITE, RADDLE_DTYPE_NONE, hold) <
-        0) {
-        raddle_free(hold);
+    raddle_workspace *workspace = raddle_py_workspace_from_object(object);
+    if (workspace == NULL) {
         return NULL;
     }
-    raddle_workspace *workspace = NULL;
-    raddle_status status = RADDLE_OK;
-    if (!raddle_tensor_is_contiguous(&hold->tensor)) {
-        status = raddle_fail(RADDLE_ERR_SHAPE, "workspace: expected a contiguous tensor");
-    }
-    if (status == RADDLE_OK) {
-        const size_t bytes =
-            (size_t)raddle_tensor_count(&hold->tensor) * raddle_dtype_bytes(hold->tensor.dtype);
-        status = raddle_workspace_wrap(hold->tensor.device, hold->tensor.data, bytes, release_hold,
-                                       hold, &workspace);
-    }
-    if (status != RADDLE_OK) {
-        release_hold(hold);
-        return raddle_raise(status);
-    }
-    status = raddle_plan_bind_workspace(self->plan, workspace);
+    raddle_status status = raddle_plan_bind_workspace(self->plan, workspace);
     raddle_workspace_destroy(workspace);
     if (status != RADDLE_OK) {
         return raddle_raise(status);

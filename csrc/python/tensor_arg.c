@@ -18,8 +18,10 @@
 
 #include "base/dlpack.h"
 #include "python/module.h"
+#include "python/py_runtime.h"
 #include "python/py_tensor.h"
 #include "python/tensor_door.h"
+#include "runtime/graph.h"
 
 /* ---------------------------------------------------------------- numpy */
 
@@ -464,11 +466,6 @@ static int open_object(PyObject *object, const char *name, int access, raddle_dt
 
 /* ---------------------------------------------------------------- public */
 
-int raddle_tensor_arg_open(PyObject *object, const char *name, int access, raddle_dtype dtype,
-                           raddle_tensor_arg *arg) {
-    return open_object(object, name, access, dtype, false, arg);
-}
-
 void raddle_tensor_arg_close(raddle_tensor_arg *arg) {
     void *managed = arg->managed;
     const int versioned = arg->managed_versioned;
@@ -509,6 +506,25 @@ static PyObject *alias_of(PyObject *object, const char *name) {
         fail_from_producer(name, "detach");
     }
     return alias;
+}
+
+/* A graph's launches use the memory again: the graph that this thread captures keeps it. */
+static int keep_for_capture(PyObject *object, const char *name, raddle_tensor_arg *arg) {
+    PyObject *alias = alias_of(object, name);
+    const int failed = alias == NULL || raddle_py_graph_keep(alias) < 0;
+    Py_XDECREF(alias);
+    if (failed) {
+        raddle_tensor_arg_close(arg);
+    }
+    return failed ? -1 : 0;
+}
+
+int raddle_tensor_arg_open(PyObject *object, const char *name, int access, raddle_dtype dtype,
+                           raddle_tensor_arg *arg) {
+    if (open_object(object, name, access, dtype, false, arg) < 0) {
+        return -1;
+    }
+    return raddle_graph_current() == NULL ? 0 : keep_for_capture(object, name, arg);
 }
 
 int raddle_tensor_hold_open(PyObject *object, const char *name, int access, raddle_dtype dtype,

@@ -48,9 +48,9 @@ void raddle_tensor_hold_close(raddle_tensor_hold *hold);
 PyObject *raddle_tensor_arg_new_like(PyObject *like, const int64_t *shape, int ndim,
                                      raddle_dtype dtype, raddle_device device);
 
-/* The stream a call launches on: stream_object if not None (an int, or an object with .cuda_stream
- * / .ptr /
- * __cuda_stream__), else that of the first argument with one, else the legacy default. */
+/* The stream a call launches on: stream_object if not None (an int, or an object with .cuda_stream,
+ * .ptr or __cuda_stream__), else the one that this thread captures a raddle.Graph on, else that of
+ * the first argument with one, else the legacy default. */
 int raddle_stream_from_args(PyObject *stream_object, const raddle_tensor_arg *args, int num_args,
                             raddle_stream *out_stream);
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "python/module.h"
+#include "runtime/graph.h"
 
 static int fail(raddle_status status) {
     raddle_raise(status);
@@ -223,6 +224,10 @@ int raddle_stream_from_args(PyObject *stream_object, const raddle_tensor_arg *ar
                             raddle_stream *out_stream) {
     if (stream_object && stream_object != Py_None) {
         return stream_from_object(stream_object, out_stream);
+    }
+    if (raddle_graph_current() != NULL) { /* what is not said is meant for the capture */
+        *out_stream = raddle_graph_stream(raddle_graph_current());
+        return 0;
     }
     *out_stream = NULL;
     for (int i = 0; i < num_args; i++) {
