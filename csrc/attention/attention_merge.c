@@ -148,18 +148,34 @@ static raddle_status merge_cpu(const merge_job *job) {
 
 /* ---------------------------------------------------------------- CUDA */
 
+/* Elements of 16 bytes when all of v lies at such addresses, else 1. */
+static int vector_width(const merge_job *job) {
+    const raddle_attention_merge_params *p = job->params;
+    const int64_t width = 16 / (int64_t)raddle_dtype_bytes(job->dtype);
+    const int64_t steps = p->v_stride_row | p->v_stride_state | p->v_stride_head |
+                          p->v_other_stride_row | p->v_other_stride_head | p->v_out_stride_row |
+                          p->v_out_stride_head | p->head_dim;
+    const uintptr_t addresses = (uintptr_t)p->v | (uintptr_t)p->v_other | (uintptr_t)p->v_out;
+    return steps % width == 0 && addresses % 16 == 0 ? (int)width : 1;
+}
+
 static raddle_status merge_cuda(const merge_job *job, raddle_device where, raddle_stream stream) {
     const raddle_attention_merge_params *p = job->params;
-    char config[64];
-    snprintf(config, sizeof(config), "#define RADDLE_DTYPE %d\n", (int)job->dtype);
+    char config[96];
+    snprintf(config, sizeof(config), "#define RADDLE_TYPE %s\n#define RADDLE_VECTOR %d\n",
+             job->dtype == RADDLE_BF16  ? "bf16"
+             : job->dtype == RADDLE_F16 ? "f16"
+                                        : "f32",
+             vector_width(job));
     const raddle_cuda_device *device;
     RADDLE_TRY(raddle_cuda_device_get(where.index, &device));
-    const int64_t num_ctas = (p->rows * p->num_heads + MERGE_BLOCK / 32 - 1) / (MERGE_BLOCK / 32);
-    RADDLE_REQUIRE(num_ctas <= INT32_MAX, RADDLE_ERR_UNSUPPORTED,
+    const int64_t num_items = p->rows * p->num_heads;
+    RADDLE_REQUIRE(num_items <= INT32_MAX, RADDLE_ERR_UNSUPPORTED,
                    "merge: at most %d rows times heads in one call, got %lld times %d", INT32_MAX,
                    (long long)p->rows, (int)p->num_heads);
+    const unsigned num_ctas = ((unsigned)num_items + MERGE_BLOCK / 32 - 1) / (MERGE_BLOCK / 32);
     const raddle_launch launch = {
-        .grid = {(unsigned)num_ctas, 1, 1},
+        .grid = {num_ctas, 1, 1},
         .block = {MERGE_BLOCK, 1, 1},
         .programmatic_launch = device->arch >= 90,
     };
