@@ -1,5 +1,6 @@
-"""raddle under torch: tensors in and out, Parameters, streams, torch.cuda.graph. Needs: torch; a GPU
-for device cuda.
+"""raddle under torch: tensors in and out, Parameters, streams, torch.cuda.graph.
+
+Needs: torch; a GPU for device cuda.
 """
 
 import numpy as np
