@@ -15,7 +15,8 @@
 #include "base/tensor.h"
 
 enum {
-    MANY_ROWS = 16, /* from here on a tile is packed for its rows */
+    FEW_TILE_KV = 16, /* tokens of a tile that is read where it lies */
+    MANY_ROWS = 16,   /* from here on a tile is packed for its rows */
     PANEL_ROWS =
         32, /* rows whose logits are kept while they become weights: 8 KB of the first cache */
 };
@@ -413,14 +414,18 @@ static void attend_tile(const segment_view *view, const kv_tile *tile, const kv_
     }
 }
 
+static int32_t tile_step(const segment_view *view) {
+    const int32_t tile_kv = view->job->config->tile_kv;
+    return view->num_rows < MANY_ROWS && tile_kv > FEW_TILE_KV ? FEW_TILE_KV : tile_kv;
+}
+
 /* A tile of the tokens from begin on; empty at end. Its lists are filled up to count entries, so
  * that the tile before can prefetch as many as it has. */
 static kv_tile next_tile(const segment_view *view, int which, int32_t begin, int32_t end,
                          int32_t count) {
     const attention_cpu_tokens *tokens = &view->scratch->tokens[which];
-    const int32_t tile_kv = view->job->config->tile_kv;
-    const kv_tile tile =
-        list_tokens(view, tokens, begin, end - begin > tile_kv ? begin + tile_kv : end);
+    const int32_t step = tile_step(view);
+    const kv_tile tile = list_tokens(view, tokens, begin, end - begin > step ? begin + step : end);
     for (int32_t n = tile.count; tile.count > 0 && n < count; n++) {
         tokens->k_rows[n] = tokens->k_rows[tile.count - 1];
         tokens->v_rows[n] = tokens->v_rows[tile.count - 1];

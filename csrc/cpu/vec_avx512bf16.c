@@ -12,6 +12,7 @@
 
 #define BF16_TARGET                                                                                \
     __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define ALL_LANES 0xffffffffu
 #define BF16_INLINE static inline __attribute__((always_inline)) BF16_TARGET
 
 enum {
@@ -27,8 +28,13 @@ BF16_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
+/* The first count of 32 lanes, or of 16; count may be anything. */
 BF16_INLINE __mmask32 lanes_mask(int count) {
-    return count >= LANES ? 0xffffffffu : (1u << count) - 1;
+    return count >= LANES ? ALL_LANES : count > 0 ? (1u << count) - 1 : 0;
+}
+
+BF16_INLINE __mmask16 pair_mask(int count) {
+    return (__mmask16)lanes_mask(count);
 }
 
 BF16_INLINE const uint16_t *row_at(const void *const *rows, const raddle_vec_rows *b, int n) {
@@ -39,7 +45,7 @@ BF16_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
     if (b->next && n < b->count) {
         const uint16_t *at = row_at(b->next, b, n);
         for (int i = 0; i < length; i += LINE_LANES) {
-            __builtin_prefetch(at + i);
+            __builtin_prefetch(at + i, 0, 2);
         }
     }
 }
@@ -53,6 +59,24 @@ BF16_INLINE __m512i broadcast_pair(const uint16_t *at) {
 
 /* ---------------------------------------------------------------- rows where they lie */
 
+/* 32 elements of num_rows left and four right rows, fewer in the last step. */
+BF16_INLINE void dot_step(__m512 sums[ROWS][VECS], const uint16_t *a, int64_t lda,
+                          const uint16_t *const row[VECS], int k, __mmask32 mask, int num_rows) {
+    __m512i right[VECS];
+    V_UNROLL
+    for (int n = 0; n < VECS; n++) {
+        right[n] = _mm512_maskz_loadu_epi16(mask, row[n] + k);
+    }
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        const __m512i x = _mm512_maskz_loadu_epi16(mask, a + m * lda + k);
+        V_UNROLL
+        for (int n = 0; n < VECS; n++) {
+            sums[m][n] = dot_pairs(sums[m][n], x, right[n]);
+        }
+    }
+}
+
 BF16_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
                           const uint16_t *const row[VECS], int left, int depth, int num_rows) {
     __m512 sums[ROWS][VECS];
@@ -63,21 +87,12 @@ BF16_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
             sums[m][n] = v_zero();
         }
     }
-    for (int k = 0; k < depth; k += LANES) {
-        const __mmask32 mask = lanes_mask(depth - k);
-        __m512i right[VECS];
-        V_UNROLL
-        for (int n = 0; n < VECS; n++) {
-            right[n] = _mm512_maskz_loadu_epi16(mask, row[n] + k);
-        }
-        V_UNROLL
-        for (int m = 0; m < num_rows; m++) {
-            const __m512i x = _mm512_maskz_loadu_epi16(mask, a + m * lda + k);
-            V_UNROLL
-            for (int n = 0; n < VECS; n++) {
-                sums[m][n] = dot_pairs(sums[m][n], x, right[n]);
-            }
-        }
+    int k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+        dot_step(sums, a, lda, row, k, ALL_LANES, num_rows);
+    }
+    if (k < depth) {
+        dot_step(sums, a, lda, row, k, lanes_mask(depth - k), num_rows);
     }
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
@@ -110,70 +125,72 @@ static BF16_TARGET void dot_rows(float *c, int64_t ldc, const void *a_rows, int6
     }
 }
 
-/* 32 columns of two rows as pairs. Inside each 128-bit lane: low is columns 0-3, high 4-7. */
+/* 32 columns of two rows as pairs, 16 columns in each. */
 typedef struct pair_lines {
-    __m512i low, high;
+    __m512i first, second;
 } pair_lines;
 
 BF16_INLINE pair_lines interleave(__m512i even, __m512i odd) {
-    const pair_lines pairs = {_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
+    const __m512i first =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const pair_lines pairs = {_mm512_permutex2var_epi16(even, first, odd),
+                              _mm512_permutex2var_epi16(even, second, odd)};
     return pairs;
 }
 
-/* num_rows rows of c, num_vecs / 2 times 32 columns wide; width columns exist. */
+/* Adds the weighted rows even and odd (NULL: none) to the sums; width columns exist. */
+BF16_INLINE void add_step(__m512 sums[ROWS][VECS], const uint16_t *p, int64_t ldp,
+                          const uint16_t *even, const uint16_t *odd, int width, int num_rows,
+                          int num_vecs) {
+    __m512i right[VECS];
+    V_UNROLL
+    for (int i = 0; i < num_vecs; i += 2) {
+        const __mmask32 mask = lanes_mask(width - i * PAIR_LANES);
+        const int at = i * PAIR_LANES;
+        const pair_lines pairs =
+            interleave(_mm512_maskz_loadu_epi16(mask, even + at),
+                       odd ? _mm512_maskz_loadu_epi16(mask, odd + at) : _mm512_setzero_si512());
+        right[i] = pairs.first;
+        right[i + 1] = pairs.second;
+    }
+    V_UNROLL
+    for (int m = 0; m < num_rows; m++) {
+        const __m512i x = odd ? broadcast_pair(p + m * ldp) : _mm512_set1_epi32(p[m * ldp]);
+        V_UNROLL
+        for (int i = 0; i < num_vecs; i++) {
+            sums[m][i] = dot_pairs(sums[m][i], x, right[i]);
+        }
+    }
+}
+
+/* num_rows rows of c, num_vecs times 16 columns wide, of which width exist. */
 BF16_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
                           const raddle_vec_rows *b, int at, int width, int num_rows, int num_vecs) {
     __m512 sums[ROWS][VECS];
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
         V_UNROLL
-        for (int i = 0; i < num_vecs; i += 2) {
-            const uint32_t mask = lanes_mask(width - i * PAIR_LANES);
-            const float *from = c + m * ldc + at + i * PAIR_LANES;
-            const __m512 first = _mm512_maskz_loadu_ps((__mmask16)mask, from);
-            const __m512 second = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), from + 16);
-            sums[m][i] = _mm512_shuffle_f32x4(first, second, 0x88);
-            sums[m][i + 1] = _mm512_shuffle_f32x4(first, second, 0xdd);
+        for (int i = 0; i < num_vecs; i++) {
+            const __mmask16 mask = pair_mask(width - i * PAIR_LANES);
+            sums[m][i] = _mm512_maskz_loadu_ps(mask, c + m * ldc + at + i * PAIR_LANES);
         }
     }
-    for (int n = 0; n < b->count; n += 2) {
-        const bool is_pair = n + 1 < b->count;
-        const uint16_t *even = row_at(b->rows, b, n) + at;
-        const uint16_t *odd = is_pair ? row_at(b->rows, b, n + 1) + at : even;
-        __m512i right[VECS];
-        V_UNROLL
-        for (int i = 0; i < num_vecs; i += 2) {
-            const __mmask32 mask = lanes_mask(width - i * PAIR_LANES);
-            const __mmask32 odd_mask = is_pair ? mask : 0;
-            const pair_lines pairs =
-                interleave(_mm512_maskz_loadu_epi16(mask, even + i * PAIR_LANES),
-                           _mm512_maskz_loadu_epi16(odd_mask, odd + i * PAIR_LANES));
-            right[i] = pairs.low;
-            right[i + 1] = pairs.high;
-        }
-        V_UNROLL
-        for (int m = 0; m < num_rows; m++) {
-            const uint16_t *weights = p + m * ldp + n;
-            const __m512i x = is_pair ? broadcast_pair(weights) : _mm512_set1_epi32(*weights);
-            V_UNROLL
-            for (int i = 0; i < num_vecs; i++) {
-                sums[m][i] = dot_pairs(sums[m][i], x, right[i]);
-            }
-        }
+    int n = 0;
+    for (; n + 2 <= b->count; n += 2) {
+        add_step(sums, p + n, ldp, row_at(b->rows, b, n) + at, row_at(b->rows, b, n + 1) + at,
+                 width, num_rows, num_vecs);
     }
-    const __m512i first_lanes =
-        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second_lanes = _mm512_add_epi32(first_lanes, _mm512_set1_epi32(8));
+    if (n < b->count) {
+        add_step(sums, p + n, ldp, row_at(b->rows, b, n) + at, NULL, width, num_rows, num_vecs);
+    }
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
         V_UNROLL
-        for (int i = 0; i < num_vecs; i += 2) {
-            const uint32_t mask = lanes_mask(width - i * PAIR_LANES);
-            float *to = c + m * ldc + at + i * PAIR_LANES;
-            const __m512 first = _mm512_permutex2var_ps(sums[m][i], first_lanes, sums[m][i + 1]);
-            const __m512 second = _mm512_permutex2var_ps(sums[m][i], second_lanes, sums[m][i + 1]);
-            _mm512_mask_storeu_ps(to, (__mmask16)mask, first);
-            _mm512_mask_storeu_ps(to + 16, (__mmask16)(mask >> 16), second);
+        for (int i = 0; i < num_vecs; i++) {
+            const __mmask16 mask = pair_mask(width - i * PAIR_LANES);
+            _mm512_mask_storeu_ps(c + m * ldc + at + i * PAIR_LANES, mask, sums[m][i]);
         }
     }
 }
@@ -243,9 +260,6 @@ BF16_INLINE int padded_width(int width) {
 
 static BF16_TARGET void pack_add(const raddle_vec_panel *panel, const raddle_vec_rows *b) {
     const int padded = padded_width(panel->length);
-    const __m512i first_lanes =
-        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second_lanes = _mm512_add_epi32(first_lanes, _mm512_set1_epi32(8));
     for (int n = 0; n < b->count; n += 2) {
         const bool is_pair = n + 1 < b->count;
         const uint16_t *even = row_at(b->rows, b, n);
@@ -258,11 +272,9 @@ static BF16_TARGET void pack_add(const raddle_vec_panel *panel, const raddle_vec
             const pair_lines pairs =
                 interleave(_mm512_maskz_loadu_epi16(mask, even + d),
                            _mm512_maskz_loadu_epi16(is_pair ? mask : 0, odd + d));
-            _mm512_storeu_si512(to + d,
-                                _mm512_permutex2var_epi32(pairs.low, first_lanes, pairs.high));
+            _mm512_storeu_si512(to + d, pairs.first);
             if (d + STEP < padded) {
-                _mm512_storeu_si512(to + d + STEP,
-                                    _mm512_permutex2var_epi32(pairs.low, second_lanes, pairs.high));
+                _mm512_storeu_si512(to + d + STEP, pairs.second);
             }
         }
     }
@@ -352,7 +364,7 @@ BF16_INLINE void add_panel_tile(float *c, int64_t ldc, const uint16_t *p, int64_
     for (int m = 0; m < num_rows; m++) {
         V_UNROLL
         for (int i = 0; i < num_vecs; i++) {
-            const __mmask16 mask = (__mmask16)lanes_mask(width - i * PAIR_LANES);
+            const __mmask16 mask = pair_mask(width - i * PAIR_LANES);
             sums[m][i] = _mm512_maskz_loadu_ps(mask, c + m * ldc + i * PAIR_LANES);
         }
     }
@@ -361,7 +373,7 @@ BF16_INLINE void add_panel_tile(float *c, int64_t ldc, const uint16_t *p, int64_
     for (int m = 0; m < num_rows; m++) {
         V_UNROLL
         for (int i = 0; i < num_vecs; i++) {
-            const __mmask16 mask = (__mmask16)lanes_mask(width - i * PAIR_LANES);
+            const __mmask16 mask = pair_mask(width - i * PAIR_LANES);
             _mm512_mask_storeu_ps(c + m * ldc + i * PAIR_LANES, mask, sums[m][i]);
         }
     }
@@ -403,7 +415,7 @@ static BF16_TARGET float exp2_to(void *to, const float *x, int64_t count, float 
     __m512 sum = v_zero();
     for (int64_t i = 0; i < count; i += PAIR_LANES) {
         const int left = count - i < PAIR_LANES ? (int)(count - i) : PAIR_LANES;
-        const __mmask16 mask = (__mmask16)lanes_mask(left);
+        const __mmask16 mask = pair_mask(left);
         const __m512 logits = _mm512_maskz_loadu_ps(mask, x + i);
         const __m512 y = v_exp2(v_fma(logits, factor, minus_max));
         sum = _mm512_mask_add_ps(sum, mask, sum, y);
