@@ -89,7 +89,13 @@ static int take_key(cursor *c, PyObject *key, int later) {
     }
     if (PyIndex_Check(key) && !PyBool_Check(key)) {
         const Py_ssize_t index = PyNumber_AsSsize_t(key, PyExc_IndexError);
-        return index == -1 && PyErr_Occurred() ? -1 : take_int(c, index);
+        if (index != -1 || !PyErr_Occurred()) {
+            return take_int(c, index);
+        }
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) {
+            return -1;
+        }
+        PyErr_Clear(); /* an array of several: it has __index__, and refuses */
     }
     raddle_raise(raddle_fail(
         RADDLE_ERR_UNSUPPORTED,
