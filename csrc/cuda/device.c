@@ -5,8 +5,6 @@
 #include <stdatomic.h>
 #include <stdio.h>
 
-enum { MAX_DEVICES = 64 };
-
 /* CUdevice_attribute */
 enum {
     ATTRIBUTE_NUM_SMS = 16,
@@ -17,8 +15,8 @@ enum {
 };
 
 static pthread_mutex_t devices_mutex = PTHREAD_MUTEX_INITIALIZER;
-static raddle_cuda_device devices[MAX_DEVICES];
-static _Atomic(raddle_cuda_device *) published[MAX_DEVICES]; /* NULL until filled */
+static raddle_cuda_device devices[RADDLE_CUDA_MAX_DEVICES];
+static _Atomic(raddle_cuda_device *) published[RADDLE_CUDA_MAX_DEVICES]; /* NULL until filled */
 
 static raddle_status read_attributes(raddle_cuda_device *device) {
     const raddle_cuda_driver *driver = device->driver;
@@ -64,12 +62,12 @@ raddle_status raddle_cuda_device_count(int *out_count) {
     int count = 0;
     RADDLE_TRY(raddle_cuda_driver_get(&driver));
     RADDLE_TRY(raddle_cuda_check(driver->device_get_count(&count), "counting GPUs"));
-    *out_count = count < MAX_DEVICES ? count : MAX_DEVICES;
+    *out_count = count < RADDLE_CUDA_MAX_DEVICES ? count : RADDLE_CUDA_MAX_DEVICES;
     return RADDLE_OK;
 }
 
 raddle_status raddle_cuda_device_get(int index, const raddle_cuda_device **out_device) {
-    if (index >= 0 && index < MAX_DEVICES) {
+    if (index >= 0 && index < RADDLE_CUDA_MAX_DEVICES) {
         const raddle_cuda_device *known =
             atomic_load_explicit(&published[index], memory_order_acquire);
         if (known != NULL) {

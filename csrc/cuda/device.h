@@ -5,6 +5,8 @@
 
 #include "cuda/driver.h"
 
+enum { RADDLE_CUDA_MAX_DEVICES = 64 };
+
 typedef struct raddle_cuda_device {
     const raddle_cuda_driver *driver;
     int index;

@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include "attention/attention.h"
-#include "base/alloc.h"
 #include "python/py_runtime.h"
 
 typedef struct attention_plan_object {

@@ -90,6 +90,17 @@ static PyObject *get_nvrtc(PyObject *module, PyObject *unused) {
     return archs != NULL ? Py_BuildValue("(siN)", nvrtc.path, nvrtc.version, archs) : NULL;
 }
 
+static PyObject *get_blas(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    int version = 0;
+    const char *path = NULL;
+    raddle_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = raddle_system_get_blas(&version, &path);
+    Py_END_ALLOW_THREADS;
+    return status == RADDLE_OK ? Py_BuildValue("(si)", path, version) : raddle_raise(status);
+}
+
 static PyObject *get_nvrtc_cure(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     return PyUnicode_FromString(raddle_system_nvrtc_cure());
@@ -335,7 +346,8 @@ static PyMethodDef functions[] = {
     {"driver_info", get_driver, METH_NOARGS, "driver_info()\n--\n\n(version, path) of libcuda."},
     {"gpu_count", count_gpus, METH_NOARGS, "gpu_count()\n--\n\nGPUs that the driver shows."},
     {"gpu_info", get_gpu, METH_O, "gpu_info(index, /)\n--\n\nName, limits and memory of a GPU."},
-    {"nvrtc_info", get_nvrtc, METH_NOARGS, "nvrtc_info()\n--\n\n(path, version, archs) of NVRTC."},
+    {"nvrtc_info", get_nvrtc, METH_NOARGS, "nvrtc_info()\n--\n\n(path, version, archs)."},
+    {"blas_info", get_blas, METH_NOARGS, "blas_info()\n--\n\n(path, version) of cublasLt."},
     {"nvrtc_cure", get_nvrtc_cure, METH_NOARGS, "nvrtc_cure()\n--\n\nThe pip line for NVRTC."},
     {"notices", get_notices, METH_NOARGS, "notices()\n--\n\nWhat went wrong without an error."},
     {"kernel_configs", get_kernel_configs, METH_NOARGS,

@@ -6,6 +6,7 @@
 #include "base/alloc.h"
 #include "base/tensor.h"
 #include "cuda/device.h"
+#include "cuda/scratch.h"
 
 enum {
     STREAM_NON_BLOCKING = 1,
@@ -23,6 +24,7 @@ struct raddle_graph {
     const raddle_cuda_device *device;
     raddle_stream stream;
     bool owns_stream;
+    bool shares_scratch; /* with other graphs of the device: cuda/scratch.h */
     CUgraphExec exec;
     noted_plan *plans;
     size_t num_plans, plans_capacity;
@@ -164,6 +166,7 @@ static raddle_status close_capture(raddle_graph *graph, bool keep) {
     CUgraphExec exec = NULL;
     const CUresult result = driver->stream_end_capture(graph->stream, &captured);
     set_current(NULL);
+    graph->shares_scratch = raddle_cuda_scratch_is_captured();
     raddle_status status = RADDLE_OK;
     if (keep) {
         status = raddle_cuda_check(result, "ending the capture of a stream");
@@ -220,6 +223,20 @@ static raddle_status check_ready(const raddle_graph *graph) {
     return RADDLE_OK;
 }
 
+static raddle_status launch_exec(raddle_graph *graph, raddle_stream stream) {
+    const raddle_cuda_device *device = graph->device;
+    if (graph->shares_scratch) {
+        RADDLE_TRY(raddle_cuda_scratch_enter(device, stream));
+    }
+    raddle_status status =
+        raddle_cuda_check(device->driver->graph_launch(graph->exec, stream), "launching a graph");
+    if (graph->shares_scratch) {
+        raddle_status left = raddle_cuda_scratch_leave(device, stream);
+        status = status == RADDLE_OK ? left : status;
+    }
+    return status;
+}
+
 raddle_status raddle_graph_launch(raddle_graph *graph, raddle_stream stream) {
     bool pushed = false;
     RADDLE_TRY(check_ready(graph));
@@ -229,8 +246,7 @@ raddle_status raddle_graph_launch(raddle_graph *graph, raddle_stream stream) {
         status = ready_plan(graph, &graph->plans[i], stream);
     }
     if (status == RADDLE_OK) {
-        status = raddle_cuda_check(graph->device->driver->graph_launch(graph->exec, stream),
-                                   "launching a graph");
+        status = launch_exec(graph, stream);
     }
     raddle_cuda_pop(graph->device, pushed);
     return status;

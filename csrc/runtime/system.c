@@ -6,6 +6,7 @@
 
 #include "base/alloc.h"
 #include "cpu/vec.h"
+#include "cuda/blas.h"
 #include "cuda/bundle.h"
 #include "cuda/cache.h"
 #include "cuda/environment.h"
@@ -69,6 +70,14 @@ raddle_status raddle_system_get_nvrtc(raddle_system_nvrtc *out_nvrtc) {
         .num_archs = info->num_archs,
         .archs = info->archs,
     };
+    return RADDLE_OK;
+}
+
+raddle_status raddle_system_get_blas(int *out_version, const char **out_path) {
+    raddle_blas_info info;
+    RADDLE_TRY(raddle_blas_get_info(&info));
+    *out_version = info.version;
+    *out_path = info.path;
     return RADDLE_OK;
 }
 

@@ -50,6 +50,8 @@ raddle_status raddle_system_get_driver(int *out_version, const char **out_path);
 raddle_status raddle_system_count_gpus(int *out_count);
 raddle_status raddle_system_get_gpu(int index, raddle_system_gpu *out_gpu);
 raddle_status raddle_system_get_nvrtc(raddle_system_nvrtc *out_nvrtc);
+/* 130100 for cublasLt 13.1. */
+raddle_status raddle_system_get_blas(int *out_version, const char **out_path);
 const char *raddle_system_nvrtc_cure(void); /* "pip install .." */
 const char *raddle_system_cpu_isa(void);    /* of the CPU back end: "avx512bf16" */
 
