@@ -1,79 +1,242 @@
-/* ops_cuda.c - the CUDA back end of the ops family. */
-#include "ops/ops_backend.h"
+/* ops_cuda.c - the CUDA back end of the ops family: chooses a config by alignment, and launches.
+ *
+ * Rows are read 16 bytes at a time where every pointer and stride allows it, else element by
+ * element. A kernel that was launched before is found by its config's number, without a text or a
+ * hash.
+ */
+#include "ops/ops_cuda.h"
 
-static raddle_status refuse(const char *what) {
-    return raddle_fail(RADDLE_ERR_UNSUPPORTED, "%s: not on CUDA", what);
+#include <limits.h>
+#include <stdatomic.h>
+
+#include "cuda/kernel.h"
+#include "ops/ops_config.h"
+
+enum {
+    MAX_CACHED_DEVICES = 16,
+    MAX_CONFIG_IDS = 1024,
+    NORM_CTA_THREADS = 128, /* at least; ops_rmsnorm.cu's CTA_THREADS */
+    ROPE_CTA_THREADS = 128,
+    ACT_CTA_THREADS = 256,
+    EMBEDDING_CTA_THREADS = 128,
+    LOGITS_CTA_THREADS = 1024,
+    MAX_GRID_Y = 65535
+};
+
+/* Kernels of the process, never unloaded. Racing first launches store the same pointer. */
+static _Atomic(const raddle_kernel *) known_kernels[MAX_CACHED_DEVICES][MAX_CONFIG_IDS];
+
+static raddle_status get_kernel(const raddle_cuda_device *device, const raddle_ops_config *config,
+                                const raddle_kernel **out_kernel) {
+    char text[RADDLE_OPS_CONFIG_BYTES];
+    const int id = raddle_ops_config_id(config);
+    const bool is_cached = device->index < MAX_CACHED_DEVICES && id < MAX_CONFIG_IDS;
+    const raddle_kernel *kernel = NULL;
+    if (is_cached) {
+        kernel = atomic_load_explicit(&known_kernels[device->index][id], memory_order_acquire);
+    }
+    if (!kernel) {
+        raddle_ops_config_text(config, text);
+        RADDLE_TRY(raddle_kernel_get(device, raddle_ops_config_name(config), text, 0, &kernel));
+        if (is_cached) {
+            atomic_store_explicit(&known_kernels[device->index][id], kernel, memory_order_release);
+        }
+    }
+    *out_kernel = kernel;
+    return RADDLE_OK;
 }
 
-static raddle_status run_rmsnorm(int32_t device, const raddle_ops_rmsnorm_params *params,
+static raddle_status launch(int32_t index, const raddle_ops_config *config, int64_t grid_x,
+                            int64_t grid_y, unsigned threads, const void *params,
+                            raddle_stream stream) {
+    const raddle_cuda_device *device;
+    const raddle_kernel *kernel;
+    bool pushed;
+    RADDLE_REQUIRE(grid_x <= INT_MAX && grid_y <= MAX_GRID_Y, RADDLE_ERR_UNSUPPORTED,
+                   "%s: a grid of %lld by %lld blocks is more than a launch may have",
+                   raddle_ops_config_name(config), (long long)grid_x, (long long)grid_y);
+    RADDLE_TRY(raddle_cuda_device_get(index, &device));
+    RADDLE_TRY(raddle_cuda_push(device, &pushed));
+    raddle_status status = get_kernel(device, config, &kernel);
+    if (status == RADDLE_OK) {
+        const raddle_launch shape = {
+            .grid = {(unsigned)grid_x, (unsigned)grid_y, 1},
+            .block = {threads, 1, 1},
+            .programmatic_launch = device->arch >= 90,
+        };
+        status = raddle_kernel_launch(device, kernel, &shape, params, stream);
+    }
+    raddle_cuda_pop(device, pushed);
+    return status;
+}
+
+static int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+/* Whether data and strides (elements) are multiples of 16 bytes. */
+static bool is_aligned(const void *data, int64_t stride_row, int64_t stride_head, size_t bytes) {
+    return ((uintptr_t)data | (uintptr_t)stride_row * bytes | (uintptr_t)stride_head * bytes) %
+               16 ==
+           0;
+}
+
+/* ---------------------------------------------------------------- elementwise */
+
+static raddle_status run_rmsnorm(int32_t device, const raddle_ops_rmsnorm_params *p,
                                  raddle_stream stream) {
-    (void)device, (void)params, (void)stream;
-    return refuse("rmsnorm");
+    const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
+    const bool has_other_weight = p->weight_dtype != p->dtype;
+    raddle_ops_config config = {
+        .kernel = RADDLE_OPS_RMSNORM,
+        .dtype = (raddle_dtype)p->dtype,
+        .is_vector =
+            (size_t)p->width * bytes % 16 == 0 &&
+            is_aligned(p->x, p->x_stride_row, p->x_stride_head, bytes) &&
+            is_aligned(p->residual, p->residual_stride_row, p->residual_stride_head, bytes) &&
+            is_aligned(p->out, p->out_stride_row, p->out_stride_head, bytes) &&
+            is_aligned(p->weight, 0, 0, 1),
+        .variant = (p->residual ? 1 : 0) + (has_other_weight ? 2 : 0),
+    };
+    config.row_threads = raddle_ops_row_threads(p->width, raddle_ops_config_vector(&config));
+    const int32_t threads =
+        config.row_threads < NORM_CTA_THREADS ? NORM_CTA_THREADS : config.row_threads;
+    RADDLE_REQUIRE(p->rows <= INT_MAX / p->heads, RADDLE_ERR_UNSUPPORTED,
+                   "x: %lld rows of %d heads are more than the %d that a kernel counts",
+                   (long long)p->rows, p->heads, INT_MAX);
+    const int64_t grid = divide_up(p->rows * p->heads, threads / config.row_threads);
+    return launch(device, &config, grid, 1, (unsigned)threads, p, stream);
 }
-static raddle_status run_act(int32_t device, const raddle_ops_act_params *params,
-                             raddle_stream stream) {
-    (void)device, (void)params, (void)stream;
-    return refuse("act_and_mul");
-}
-static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_params *params,
-                                   raddle_stream stream) {
-    (void)device, (void)params, (void)stream;
-    return refuse("embedding");
-}
-static raddle_status run_rope(int32_t device, const raddle_ops_rope_params *params,
+
+static raddle_status run_rope(int32_t device, const raddle_ops_rope_params *p,
                               raddle_stream stream) {
-    (void)device, (void)params, (void)stream;
-    return refuse("apply_rope");
+    const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
+    const int half = p->rotary_dim / 2;
+    raddle_ops_config config = {
+        .kernel = RADDLE_OPS_ROPE,
+        .dtype = (raddle_dtype)p->dtype,
+        .is_vector = (size_t)half * bytes % 16 == 0 &&
+                     is_aligned(p->q, p->q_stride_row, p->q_stride_head, bytes) &&
+                     is_aligned(p->k, p->k_stride_row, p->k_stride_head, bytes) &&
+                     is_aligned(p->cos_sin, p->cos_sin_stride_row, 0, sizeof(float)),
+        .variant = p->interleave,
+    };
+    const int64_t heads = (int64_t)p->num_qo_heads + p->num_kv_heads;
+    const int64_t items = heads * (half / raddle_ops_config_vector(&config));
+    if (items == 0) {
+        return RADDLE_OK;
+    }
+    return launch(device, &config, p->rows, divide_up(items, ROPE_CTA_THREADS), ROPE_CTA_THREADS, p,
+                  stream);
 }
-static raddle_status run_softmax(int32_t device, const raddle_ops_softmax_params *params,
+
+static raddle_status run_act_and_mul(int32_t device, const raddle_ops_act_params *p,
+                                     raddle_stream stream) {
+    const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
+    const raddle_ops_config config = {
+        .kernel = RADDLE_OPS_ACT_AND_MUL,
+        .dtype = (raddle_dtype)p->dtype,
+        .is_vector = (size_t)p->width * bytes % 16 == 0 &&
+                     is_aligned(p->x, p->x_stride_row, p->x_stride_head, bytes) &&
+                     is_aligned(p->out, p->out_stride_row, p->out_stride_head, bytes),
+        .variant = p->activation,
+    };
+    const int64_t items = p->width / raddle_ops_config_vector(&config);
+    return launch(device, &config, p->rows * p->heads, divide_up(items, ACT_CTA_THREADS),
+                  ACT_CTA_THREADS, p, stream);
+}
+
+static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_params *p,
+                                   raddle_stream stream) {
+    const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
+    const raddle_ops_config config = {
+        .kernel = RADDLE_OPS_EMBEDDING,
+        .dtype = (raddle_dtype)p->dtype,
+        .is_vector = (size_t)p->width * bytes % 16 == 0 &&
+                     is_aligned(p->table, p->table_stride_row, 0, bytes) &&
+                     is_aligned(p->out, p->out_stride_row, 0, bytes),
+    };
+    const int64_t items = p->width / raddle_ops_config_vector(&config);
+    return launch(device, &config, p->rows, divide_up(items, EMBEDDING_CTA_THREADS),
+                  EMBEDDING_CTA_THREADS, p, stream);
+}
+
+/* ---------------------------------------------------------------- logits */
+
+static raddle_ops_config logits_config(raddle_ops_kernel kernel, raddle_dtype dtype,
+                                       const void *logits, int64_t stride_row) {
+    return (raddle_ops_config){
+        .kernel = kernel,
+        .dtype = dtype,
+        .is_vector = is_aligned(logits, stride_row, 0, raddle_dtype_bytes(dtype)),
+    };
+}
+
+static raddle_status run_softmax(int32_t device, const raddle_ops_softmax_params *p,
                                  raddle_stream stream) {
-    (void)device, (void)params, (void)stream;
-    return refuse("softmax");
+    const raddle_ops_config config =
+        logits_config(RADDLE_OPS_SOFTMAX, (raddle_dtype)p->dtype, p->logits, p->logits_stride_row);
+    return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
+
+static const void *skip_rows(const void *array, int64_t rows, size_t bytes) {
+    return array ? (const char *)array + rows * (int64_t)bytes : NULL;
+}
+
+/* Settings of up to RADDLE_OPS_SAMPLE_ROWS rows travel in one launch; the same for all, in one. */
 static raddle_status run_sample(int32_t device, const raddle_ops_sample_job *job,
                                 raddle_stream stream) {
-    (void)device, (void)job, (void)stream;
-    return refuse("sample");
+    const raddle_ops_config config =
+        logits_config(RADDLE_OPS_SAMPLE, job->dtype, job->logits, job->logits_stride_row);
+    const int64_t element_bytes = (int64_t)raddle_dtype_bytes(job->dtype);
+    const int64_t step = job->settings_step ? RADDLE_OPS_SAMPLE_ROWS : INT_MAX;
+    for (int64_t row = 0; row < job->rows; row += step) {
+        const int64_t rows = job->rows - row < step ? job->rows - row : step;
+        raddle_ops_sample_params params = {
+            .logits = skip_rows(job->logits, row * job->logits_stride_row, (size_t)element_bytes),
+            .out = job->out + row * job->out_stride,
+            .logits_stride_row = job->logits_stride_row,
+            .out_stride = job->out_stride,
+            .vocab = job->vocab,
+            .temperature = skip_rows(job->temperature, row, sizeof(float)),
+            .top_p = skip_rows(job->top_p, row, sizeof(float)),
+            .min_p = skip_rows(job->min_p, row, sizeof(float)),
+            .top_k = skip_rows(job->top_k, row, sizeof(int32_t)),
+            .seed = skip_rows(job->seed, row, sizeof(int64_t)),
+            .offset = skip_rows(job->offset, row, sizeof(int64_t)),
+            .rows = (int32_t)rows,
+            .settings_step = (int32_t)job->settings_step,
+            .dtype = (int32_t)job->dtype,
+        };
+        for (int64_t i = 0; i < (job->settings_step ? rows : 1); i++) {
+            params.settings[i] = job->settings[row + i];
+        }
+        RADDLE_TRY(launch(device, &config, rows, 1, LOGITS_CTA_THREADS, &params, stream));
+    }
+    return RADDLE_OK;
 }
-static raddle_status run_logprobs(int32_t device, const raddle_ops_logprobs_params *params,
+
+static raddle_status run_logprobs(int32_t device, const raddle_ops_logprobs_params *p,
                                   raddle_stream stream) {
-    (void)device, (void)params, (void)stream;
-    return refuse("token_logprobs");
+    RADDLE_REQUIRE(p->top <= RADDLE_OPS_MAX_TOP, RADDLE_ERR_UNSUPPORTED,
+                   "top: at most %d on CUDA, got %d", RADDLE_OPS_MAX_TOP, p->top);
+    const raddle_ops_config config =
+        logits_config(RADDLE_OPS_LOGPROBS, (raddle_dtype)p->dtype, p->logits, p->logits_stride_row);
+    return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
-static raddle_status linear_pack(raddle_ops_linear *linear, const raddle_tensor *weight,
-                                 const raddle_tensor *bias, raddle_stream stream) {
-    (void)linear, (void)weight, (void)bias, (void)stream;
-    return refuse("Linear");
-}
-static raddle_status linear_run(const raddle_ops_linear *linear, const raddle_ops_linear_args *args,
-                                raddle_stream stream) {
-    (void)linear, (void)args, (void)stream;
-    return refuse("Linear");
-}
-static void linear_release(raddle_ops_linear *linear) {
-    (void)linear;
-}
+
+/* ---------------------------------------------------------------- the table */
 
 const raddle_ops_backend raddle_ops_backend_cuda = {
     .name = "cuda",
     .rmsnorm = run_rmsnorm,
-    .act_and_mul = run_act,
+    .act_and_mul = run_act_and_mul,
     .embedding = run_embedding,
     .rope = run_rope,
     .softmax = run_softmax,
     .sample = run_sample,
     .logprobs = run_logprobs,
-    .linear_pack = linear_pack,
-    .linear_run = linear_run,
-    .linear_release = linear_release,
+    .linear_pack = raddle_ops_cuda_linear_pack,
+    .linear_run = raddle_ops_cuda_linear_run,
+    .linear_release = raddle_ops_cuda_linear_release,
 };
-
-int raddle_ops_num_kernel_configs(void) {
-    return 0;
-}
-
-raddle_status raddle_ops_kernel_config(int index, const char **out_name, char *out_config,
-                                       size_t config_bytes) {
-    (void)out_name, (void)out_config, (void)config_bytes;
-    return raddle_fail(RADDLE_ERR_VALUE, "index: no kernel config %d", index);
-}

@@ -475,7 +475,7 @@ static int parse_u64(PyObject *object, const char *name, uint64_t *out_value) {
 }
 
 static int parse_top_k(PyObject *object, int32_t *out_value) {
-    uint64_t bits;
+    uint64_t bits = 0;
     if (parse_u64(object, "top_k", &bits) < 0) {
         return -1;
     }
