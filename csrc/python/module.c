@@ -10,19 +10,9 @@ static int exec_module(PyObject *module) {
     if (PyModule_AddStringConstant(module, "__version__", raddle_version()) < 0) {
         return -1;
     }
-    if (raddle_py_add_tensor(module) < 0) {
-        return -1;
-    }
-    if (raddle_py_add_attention && raddle_py_add_attention(module) < 0) {
-        return -1;
-    }
-    if (raddle_py_add_ops && raddle_py_add_ops(module) < 0) {
-        return -1;
-    }
-    if (raddle_py_add_runtime && raddle_py_add_runtime(module) < 0) {
-        return -1;
-    }
-    if (raddle_py_add_system && raddle_py_add_system(module) < 0) {
+    if (raddle_py_add_tensor(module) < 0 || raddle_py_add_attention(module) < 0 ||
+        raddle_py_add_ops(module) < 0 || raddle_py_add_runtime(module) < 0 ||
+        raddle_py_add_system(module) < 0) {
         return -1;
     }
     return 0;

@@ -19,17 +19,14 @@ PyObject *raddle_raise(raddle_status status);
 
 /* Each file of csrc/python that defines types or functions has one of these, called by module.c's
  * exec slot. */
-int raddle_py_add_tensor(
-    PyObject *module); /* py_tensor.c: Tensor and what makes and inspects it */
-int raddle_py_add_attention(PyObject *module) __attribute__((weak)); /* py_attention.c */
-int raddle_py_add_ops(PyObject *module) __attribute__((weak));       /* py_ops.c */
-int raddle_py_add_runtime(PyObject *module)
-    __attribute__((weak)); /* py_runtime.c: Workspace, Graph */
-/* py_system.c: doctor's facts, cache, warmup, counters */
-int raddle_py_add_system(PyObject *module) __attribute__((weak));
+int raddle_py_add_tensor(PyObject *module);    /* Tensor and what makes and inspects it */
+int raddle_py_add_attention(PyObject *module); /* plans, merge_state, append */
+int raddle_py_add_ops(PyObject *module);       /* what stands around attention, sampling */
+int raddle_py_add_runtime(PyObject *module);   /* Workspace, Graph */
+int raddle_py_add_system(PyObject *module);    /* doctor's facts, cache, warmup, counters */
 
 /* Raises what the core noticed since the last call (cuda/notice.h) as RuntimeWarning: called when a
  * plan was made. -1 when a warning became an exception. */
-int raddle_py_warn_notices(void) __attribute__((weak));
+int raddle_py_warn_notices(void);
 
 #endif
