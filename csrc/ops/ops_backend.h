@@ -22,10 +22,10 @@ struct raddle_ops_linear {
     int64_t in_features, out_features;
     raddle_dtype dtype; /* of the weight as given */
     bool has_bias;
-    void *weight;                  /* CPU: a raddle_gemm_weight; CUDA: row-major device memory */
-    void *bias;                    /* CPU: float32; CUDA: of dtype */
-    int64_t weight_stride_row;     /* CUDA */
-    bool weight_owned, bias_owned; /* CUDA: else they are the caller's, who keeps them alive */
+    void *weight;              /* CPU: a raddle_gemm_weight; CUDA: row-major device memory */
+    void *bias;                /* CPU: float32; CUDA: device memory, see ops_cuda_linear.c */
+    int64_t weight_stride_row; /* CUDA */
+    bool weight_owned;         /* CUDA: else it is the caller's, who keeps it alive */
 };
 
 /* Settings of every row of one sample call. */
