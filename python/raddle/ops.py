@@ -93,11 +93,13 @@ def rope_cos_sin_cache(
     """The table that apply_rope reads: float32 raddle.Tensor [max_position, rotary_dim].
 
     Row p holds cos(p * f_i) for i < rotary_dim / 2, then the sines, with f_i = theta^(-2i /
-    rotary_dim) (RoPE, arXiv 2104.09864), computed in float64. scaling: a Hugging Face rope_scaling
-    or rope_parameters dict; its rope_type (or type) is "default", "linear", "llama3" or "yarn"
-    (arXiv 2309.00071, which also scales cos and sin by its attention factor). max_position_embeddings
-    stands in for an original_max_position_embeddings or yarn factor that the dict lacks. A
-    rope_theta in the dict wins over theta. Other types are an UnsupportedError.
+    rotary_dim) (RoPE, arXiv 2104.09864), computed in float64.
+
+    scaling: a Hugging Face rope_scaling or rope_parameters dict; its rope_type (or type) is
+    "default", "linear", "llama3" or "yarn" (arXiv 2309.00071, which also scales cos and sin by its
+    attention factor); others are an UnsupportedError. A rope_theta in it wins over theta.
+    max_position_embeddings stands in for an original_max_position_embeddings or a yarn factor that
+    the dict lacks.
     """
     from .errors import ArgumentError
 
@@ -208,9 +210,9 @@ def apply_rope(q, k, positions, cos_sin_cache, *, interleave=False, dtype=None, 
 
     q [n, num_qo_heads, head_dim], k [n, num_kv_heads, head_dim] or None: strided views of a fused
     row are fine. positions [n] int32 or int64. cos_sin_cache as rope_cos_sin_cache makes it; the
-    first rotary_dim (its width) of every head is rotated: element i with i + rotary_dim / 2 (as Llama
-    in transformers), or neighbours 2i with 2i + 1 if interleave (GPT-J). A position outside the cache
-    is an ArgumentError on the CPU; on CUDA its row is left as it is.
+    first rotary_dim (its width) of every head is rotated: element i with i + rotary_dim / 2 (as in
+    transformers' Llama), or neighbours 2i with 2i + 1 if interleave (GPT-J). A position outside
+    the cache is an ArgumentError on the CPU; on CUDA its row is left as it is.
     """
     return _core.ops_apply_rope(q, k, positions, cos_sin_cache, interleave, dtype, stream)
 
@@ -222,9 +224,10 @@ class Linear:
     """A linear layer: x [.., in_features] -> x @ weight.T + bias, [.., out_features].
 
     weight [out_features, in_features], bias [out_features] (of weight's dtype or float32) or None;
-    device: where the layer runs, default weight's. Host tensors are copied, on the CPU into the packed
-    form that its kernels read, and may be freed afterwards; tensors that already are on the CUDA
-    device are used where they lie (contiguous) and kept alive. Safe to call from several threads.
+    device: where the layer runs, default weight's. Host tensors are copied, on the CPU into the
+    packed form that its kernels read, and may be freed afterwards; a weight that already is on the
+    CUDA device is used where it lies (rows contiguous) and kept alive. Safe to call from several
+    threads. CUDA needs cublasLt, which torch's wheels bring.
 
     On the CPU a row's result does not depend on the rows that come with it.
     """
@@ -233,7 +236,7 @@ class Linear:
         self._linear = _core.Linear(weight, bias, device, dtype, stream)
 
     def __call__(self, x, *, out=None, stream=None):
-        """x of the weight's dtype; the result has x's dtype, or that of out, which may be float32."""
+        """x of the weight's dtype; the result has that of out (x's, or float32), else x's."""
         return self._linear.run(x, out, stream)
 
     @property
@@ -289,21 +292,21 @@ def sample(
 
     Each setting is a number, or a sequence or tensor of n. In this order: temperature (0 takes the
     first maximum and ignores the rest); min_p keeps tokens at least min_p times as likely as the
-    likeliest; top_k (0 or -1: all) keeps the k largest logits; top_p keeps the smallest set of the most
-    likely of those left that holds top_p of their probability. Tokens whose logit equals the least one
-    kept are all kept. What is left is renormalised and drawn from by one uniform number of a
-    counter-based generator (Philox4x32-10, key seed, counter offset), by its cumulative sum in
-    vocabulary order.
+    likeliest; top_k (0 or -1: all) keeps the k largest logits; top_p keeps the smallest set of the
+    most likely of those left that holds top_p of their probability. Tokens whose logit equals the
+    least one kept are all kept. What is left is renormalised and drawn from by one uniform number
+    of a counter-based generator (Philox4x32-10, key seed, counter offset), by its cumulative sum
+    in vocabulary order.
 
-    So the token is a function of the row's logits, its settings, seed and offset: not of the batch,
-    the position in it or the number of threads, and it is the same on the CPU and on CUDA given the
-    same logits, for probabilities are integers (units of 2^-40 of the largest). Rows with one seed and
-    offset share their random number: give each row, and each step, its own.
+    So the token is a function of the row's logits, its settings, seed and offset: not of the
+    batch, the place in it or the number of threads; and it is the same on the CPU and on CUDA for
+    the same logits, since probabilities are integers (units of 2^-40 of the largest). Rows with
+    one seed and offset share their random number: give each row, and each step, its own.
 
-    A row with NaN, or without a logit above -inf, is an ArgumentError on the CPU and gives -1 on CUDA.
-    Settings that are tensors on a CUDA device are read by the kernel as they are (float32, top_k int32,
-    seed and offset int64), so that a captured graph sees new values; a value out of range acts like the
-    nearest one in range.
+    A row with NaN, or without a logit above -inf, is an ArgumentError on the CPU and gives -1 on
+    CUDA. Settings that are tensors on a CUDA device are read by the kernel as they are (float32,
+    top_k int32, seed and offset int64), so that a captured graph sees new values; a value out of
+    range acts like the nearest one in range.
     """
     return _core.ops_sample(
         logits, temperature, top_k, top_p, min_p, seed, offset, out, dtype, stream
@@ -311,10 +314,10 @@ def sample(
 
 
 def token_logprobs(logits, ids, *, top=0, dtype=None, stream=None):
-    """(logprobs float32 [n], top_ids int32 [n, top], top_logprobs float32 [n, top]), natural logarithm.
+    """(logprobs float32 [n], top_ids int32 [n, top], top_logprobs float32 [n, top]).
 
-    logits [n, vocab], ids [n] int32 or int64. The top alternatives come largest first, ties by lower
-    id. An id out of range, NaN in a row or a row without a logit above -inf is an ArgumentError on the
-    CPU and NaN on CUDA. On CUDA top is at most 128.
+    logits [n, vocab], ids [n] int32 or int64; natural logarithm. The top alternatives come largest
+    first, ties by lower id. An id out of range, NaN in a row or a row without a logit above -inf
+    is an ArgumentError on the CPU and NaN on CUDA. On CUDA top is at most 128.
     """
     return _core.ops_token_logprobs(logits, ids, top, dtype, stream)

@@ -56,7 +56,7 @@ def softmax(logits, temperature=1.0):
 
 
 def kept(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Renormalised probabilities of one row after min_p, top_k and top_p; ties are kept together."""
+    """Renormalised probabilities of one row after min_p, top_k and top_p; ties stay together."""
     p = softmax(logits[None], temperature)[0]
     keep = p >= min_p * p.max()
     if top_k > 0:
