@@ -17,8 +17,7 @@
 enum {
     FEW_TILE_KV = 16, /* tokens of a tile that is read where it lies */
     MANY_ROWS = 16,   /* from here on a tile is packed for its rows */
-    PANEL_ROWS =
-        32, /* rows whose logits are kept while they become weights: 8 KB of the first cache */
+    PANEL_ROWS = 32,  /* their logits (8 KB) stay in the first cache until they are weights */
 };
 
 /* The segment at hand, resolved. */
