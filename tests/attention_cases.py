@@ -5,6 +5,7 @@ Needs: numpy. Data is made in float32 and rounded to the dtype under test, so th
 sees the same numbers."""
 
 import numpy as np
+import raddle
 
 # (relative, absolute) of the result against float64, for inputs that are exact in the dtype.
 TOLERANCE = {
@@ -120,3 +121,16 @@ def assert_close(got, want, dtype):
     assert np.array_equal(np.isfinite(got), finite)
     assert np.array_equal(got[~finite], want[~finite])
     np.testing.assert_allclose(got[finite], want[finite], rtol=rtol, atol=atol)
+
+
+def place(x, dtype, device):
+    """NumPy bits where the test runs: as they are on the CPU, a raddle.Tensor on CUDA."""
+    if isinstance(x, tuple):
+        return tuple(place(part, dtype, device) for part in x)
+    return x if device == "cpu" else raddle.tensor(x, dtype=dtype, device=device)
+
+
+def value(x, dtype):
+    """float64 value of a result."""
+    x = x.to("cpu").numpy() if isinstance(x, raddle.Tensor) else x
+    return from_bits(x, dtype)

@@ -1,25 +1,16 @@
-"""Calls that are wrong, one per row: the right class, the argument's name, what came and what was
-expected; nothing crashes, and a correct call works afterwards. Needs: numpy; a GPU for cuda.
+"""Plans and runs that are wrong, one per row: the right class, the argument's name, what came and
+what was expected; nothing crashes, and a correct call works afterwards.
 
-The engine's bad input (models, request files) is in test_engine_bad_input.py.
-"""
+The rows for caches, states, ops and tensors are in test_bad_input_ops.py, those for models and
+request files in test_engine_bad_input.py. Needs: numpy; a GPU for cuda."""
 
 import threading
 
 import numpy as np
 import pytest
-import raddle
-from raddle import ops
 from raddle.attention import (
     BatchDecode,
-    BatchPrefill,
     BatchRaggedPrefill,
-    append_paged_kv_cache,
-    append_slots,
-    get_batch_indices_positions,
-    get_seq_lens,
-    merge_state,
-    merge_states,
 )
 from raddle.errors import (
     ArgumentError,
@@ -31,81 +22,7 @@ from raddle.errors import (
     UnsupportedError,
 )
 
-SPEC = dict(
-    num_qo_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    page_size=16,
-    dtype="float16",
-    max_batch=4,
-    max_pages=8,
-)
-
-
-class World:
-    """A small correct problem: two requests of 20 and 5 tokens in a cache of 6 pages."""
-
-    def __init__(self, device):
-        self.device = device
-        rng = np.random.default_rng(3)
-        self.indptr = np.array([0, 2, 3], np.int32)
-        self.indices = np.array([4, 1, 0], np.int32)
-        self.last = np.array([4, 5], np.int32)
-        self.cache = self.put(rng.standard_normal((6, 2, 16, 2, 64)).astype(np.float16))
-        self.q = self.put(rng.standard_normal((2, 4, 64)).astype(np.float16))
-        self.rows = self.put(rng.standard_normal((2, 2, 64)).astype(np.float16))
-        self.x = self.put(rng.standard_normal((3, 32)).astype(np.float32))
-        self.weight = self.put(rng.standard_normal(32).astype(np.float32))
-        self.logits = self.put(rng.standard_normal((2, 50)).astype(np.float32))
-
-    def put(self, array):
-        return raddle.tensor(array, device=self.device)
-
-    def zeros(self, shape, dtype="float16"):
-        return raddle.zeros(shape, dtype=dtype, device=self.device)
-
-    def decode(self, **changes):
-        return BatchDecode(**{**SPEC, "device": self.device, **changes})
-
-    def prefill(self, **changes):
-        return BatchPrefill(**{**SPEC, "device": self.device, "max_qo_tokens": 64, **changes})
-
-    def planned(self, **changes):
-        plan = self.decode(**changes)
-        plan.plan(self.indptr, self.indices, self.last)
-        return plan
-
-    def update(self, **changes):
-        table = {"indptr": self.indptr, "indices": self.indices, "last_page_len": self.last}
-        self.decode().plan(**{**table, **changes})
-
-    def prefill_update(self, qo_indptr):
-        self.prefill().plan(np.asarray(qo_indptr), self.indptr, self.indices, self.last)
-
-    def correct(self):
-        out, lse = self.planned().run(self.q, self.cache, return_lse=True)
-        assert np.isfinite(out.to("cpu").numpy().astype(np.float32)).all()
-        assert np.isfinite(lse.to("cpu").numpy()).all()
-
-
-def ints(*numbers, dtype=np.int32):
-    return np.array(numbers, dtype)
-
-
-def foreign(world):
-    """A tensor on no device of this call: needs to be refused, not read."""
-
-    class Foreign:
-        shape = (2, 4, 64)
-
-        def __dlpack_device__(self):
-            return (10, 0)  # ROCm
-
-        def __dlpack__(self, **_):
-            raise BufferError("no")
-
-    return Foreign()
-
+from tests.bad_input_cases import SPEC, World, check_bad_call, foreign, ints
 
 # name: (call, exception, words that its message must hold)
 CASES = {
@@ -371,147 +288,12 @@ CASES = {
         ShapeError,
         "k.*5 rows.*got 4",
     ),
-    # -- cache and states
-    "slot past the cache": (
-        lambda w: append_slots(w.rows, w.rows, ints(1, 96), w.cache),
-        (ArgumentError, DeviceError),
-        "slot_mapping",
-    ),
-    "slots float": (
-        lambda w: append_slots(w.rows, w.rows, w.zeros((2,), "float32"), w.cache),
-        DTypeError,
-        "slot_mapping.*float32",
-    ),
-    "append rows differ": (
-        lambda w: append_slots(w.rows, w.rows[:1], w.put(ints(1, 2)), w.cache),
-        ShapeError,
-        "v",
-    ),
-    "append dtype": (
-        lambda w: append_slots(w.zeros((2, 2, 64), "float32"), w.rows, w.put(ints(1, 2)), w.cache),
-        DTypeError,
-        "k.*float16.*float32",
-    ),
-    "append head_dim": (
-        lambda w: append_slots(w.rows[:, :, :32], w.rows, w.put(ints(1, 2)), w.cache),
-        ShapeError,
-        "k.*64.*32",
-    ),
-    "append table float": (
-        lambda w: append_paged_kv_cache(
-            w.rows,
-            w.rows,
-            w.put(ints(0, 1)),
-            w.put(np.zeros(2, np.float32)),
-            w.cache,
-            w.put(w.indices),
-            w.put(w.indptr),
-        ),
-        DTypeError,
-        "positions.*float32",
-    ),
-    "seq_lens page_size": (
-        lambda w: get_seq_lens(w.put(w.indptr), w.put(w.last), 0),
-        ArgumentError,
-        "page_size.*0",
-    ),
-    "positions negative nnz": (
-        lambda w: get_batch_indices_positions(w.put(w.indptr), w.put(ints(2, 1)), -1),
-        ArgumentError,
-        "nnz.*-1",
-    ),
-    "merge shapes": (
-        lambda w: merge_state(
-            w.zeros((2, 4, 64)),
-            w.zeros((2, 4), "float32"),
-            w.zeros((2, 4, 32)),
-            w.zeros((2, 4), "float32"),
-        ),
-        ShapeError,
-        "v_b.*64.*32",
-    ),
-    "merge s dtype": (
-        lambda w: merge_state(w.q, w.zeros((2, 4)), w.q, w.zeros((2, 4), "float32")),
-        DTypeError,
-        "s_a.*float32.*float16",
-    ),
-    "merge_states rank": (
-        lambda w: merge_states(w.q, w.zeros((2, 4), "float32")),
-        ShapeError,
-        "v, s.*dimensions",
-    ),
-    # -- ops
-    "rmsnorm weight": (lambda w: ops.rmsnorm(w.x, w.weight[:31]), ShapeError, "weight.*32.*31"),
-    "rmsnorm int": (
-        lambda w: ops.rmsnorm(w.zeros((3, 32), "int32"), w.weight),
-        DTypeError,
-        "x.*int32",
-    ),
-    "rmsnorm out": (
-        lambda w: ops.rmsnorm(w.x, w.weight, out=w.zeros((3, 31), "float32")),
-        ShapeError,
-        "out",
-    ),
-    "silu odd": (lambda w: ops.silu_and_mul(w.x[:, :31]), ShapeError, "x.*31"),
-    "rope cache width": (
-        lambda w: ops.apply_rope(w.q, None, w.put(ints(0, 1)), w.zeros((4, 128), "float32")),
-        ShapeError,
-        "cos_sin_cache|rotary",
-    ),
-    "rope odd dim": (lambda w: ops.rope_cos_sin_cache(8, 5), ArgumentError, "rotary_dim.*5"),
-    "rope type": (
-        lambda w: ops.rope_cos_sin_cache(8, 4, scaling={"rope_type": "longrope"}),
-        UnsupportedError,
-        "longrope",
-    ),
-    "linear width": (
-        lambda w: ops.Linear(w.zeros((8, 16), "float32"))(w.x),
-        ShapeError,
-        "x.*16.*32",
-    ),
-    "linear weight rank": (lambda w: ops.Linear(w.weight), ShapeError, "weight"),
-    "sample temperature": (
-        lambda w: ops.sample(w.logits, temperature=-1.0),
-        ArgumentError,
-        "temperature.*-1",
-    ),
-    "sample top_p": (lambda w: ops.sample(w.logits, top_p=1.5), ArgumentError, "top_p.*1.5"),
-    "sample rank": (lambda w: ops.sample(w.weight), ShapeError, "logits"),
-    "sample settings": (
-        lambda w: ops.sample(w.logits, temperature=np.ones(3, np.float32)),
-        (ShapeError, ArgumentError),
-        "temperature.*2",
-    ),
-    "embedding ids": (
-        lambda w: ops.embedding(w.zeros((2,), "float32"), w.logits),
-        DTypeError,
-        "ids.*float32",
-    ),
-    # -- tensors
-    "empty negative": (lambda w: raddle.empty((2, -1), device=w.device), ShapeError, "-1"),
-    "empty huge": (
-        lambda w: raddle.empty((1 << 40, 1 << 40), device=w.device),
-        (ShapeError, MemoryError),
-        "",
-    ),
-    "reshape": (lambda w: w.x.reshape((5, 5)), ShapeError, "96 elements"),
-    "copy shape": (lambda w: w.x.copy_(w.weight), ShapeError, "32"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_call(device, case):
-    call, error, words = CASES[case]
-    world = World(device)
-    with pytest.raises(error, match=f"(?s){words}") as caught:
-        call(world)
-    message = str(caught.value)
-    assert message and message[0].islower() and not message.endswith(".")
-    world.correct()
-
-
-def test_there_are_enough_of_them():
-    assert len(CASES) >= 60
+    check_bad_call(device, *CASES[case])
 
 
 def test_read_only_out(device):
