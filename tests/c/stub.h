@@ -1,0 +1,87 @@
+/* stub.h - the control panels of the stub libraries libcuda and libnvrtc (stub_cuda.c,
+ * stub_nvrtc.c).
+ *
+ * The stubs keep the driver's books (allocations, contexts, captures, queued work) on the host, so
+ * that launch code runs, and is held to the driver's rules, on machines without a GPU. A test finds
+ * a panel by stub_cuda_panel() and stub_nvrtc_panel().
+ */
+#ifndef RADDLE_TESTS_STUB_H
+#define RADDLE_TESTS_STUB_H
+
+#include <dlfcn.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct stub_launch {
+    unsigned grid[3], block[3], shared_bytes;
+    void *stream;
+    int num_attributes;
+    int attribute_ids[4];
+    unsigned cluster[3];
+    int programmatic;
+    char function[64];
+    unsigned char params[64]; /* first bytes of the one argument */
+} stub_launch;
+
+typedef struct stub_cuda_state {
+    /* What the machine has. */
+    int version, num_devices, arch, init_result;
+    size_t free_bytes;
+    /* Failure to inject: the skip-th next call of this function answers result; once. */
+    const char *fail_function;
+    int fail_skip, fail_result;
+    /* Work is queued and only run when somebody waits for it (default: at once). */
+    bool is_lazy;
+    /* Books. */
+    _Atomic int calls; /* of anything */
+    int num_allocs, live_allocs, live_host_allocs, live_events, live_streams, live_graphs,
+        live_execs, live_modules, num_modules_loaded;
+    int num_launches, num_graph_launches, num_syncs, num_event_syncs, num_stream_waits;
+    int num_invalidated; /* captures that a forbidden call broke */
+    int context_depth;   /* pushes without pop, all threads */
+    stub_launch launch;  /* the last one */
+    size_t last_graph_nodes;
+    int max_dynamic_shared;
+} stub_cuda_state;
+
+typedef struct stub_nvrtc_state {
+    int major, minor, num_archs, archs[16];
+    _Atomic int num_compiles;
+    char options[8][96]; /* of the last compile */
+    int num_options, num_headers;
+    char headers[512]; /* names, each followed by a space */
+    char text[4096];
+} stub_nvrtc_state;
+
+static inline void *stub_panel(const char *library, const char *function) {
+    void *handle = dlopen(library, RTLD_NOW);
+    void *(*panel)(void) = NULL;
+    void *address = handle != NULL ? dlsym(handle, function) : NULL;
+    if (address == NULL) {
+        printf("no stub %s: %s\n", library, dlerror());
+        exit(2);
+    }
+    memcpy(&panel, &address, sizeof panel);
+    return panel();
+}
+
+static inline stub_cuda_state *stub_cuda(void) {
+    return stub_panel("libcuda.so.1", "stub_cuda_panel");
+}
+
+static inline stub_nvrtc_state *stub_nvrtc(void) {
+    return stub_panel("libnvrtc.so.13", "stub_nvrtc_panel");
+}
+
+static inline void stub_fail(const char *function, int skip, int result) {
+    stub_cuda_state *state = stub_cuda();
+    state->fail_function = function;
+    state->fail_skip = skip;
+    state->fail_result = result;
+}
+
+#endif
