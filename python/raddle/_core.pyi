@@ -1,20 +1,22 @@
 """Types of the C module. Use raddle's own classes and functions: these names may change."""
 
-from typing import Any, Self
+import sys
+from typing import Any, Self, final
 
 __version__: str
 
 # -- tensors ------------------------------------------------------------------------------------
 
 # What raddle reads: torch.Tensor, numpy.ndarray, Tensor, or any object with __dlpack__.
-AnyTensor = Any
+_AnyTensor = Any
 # A name such as "bfloat16", or a dtype object of NumPy or torch.
-DType = Any
+_DType = Any
 # "cpu", "cuda:1", a torch.device, or DLPack's (type, index).
-Device = Any
+_Device = Any
 # A CUstream handle, or an object with .cuda_stream, .ptr or __cuda_stream__; None: the producer's.
-Stream = Any
+_Stream = Any
 
+@final
 class Tensor:
     __dlpack_c_exchange_api__: Any
     @property
@@ -39,16 +41,18 @@ class Tensor:
     def is_contiguous(self) -> bool: ...
     @property
     def read_only(self) -> bool: ...
-    def copy_(self, src: AnyTensor, stream: Stream = None, /) -> Self: ...
-    def zero_(self, stream: Stream = None, /) -> Self: ...
-    def to(self, device: Device, stream: Stream = None, /) -> Tensor: ...
+    def copy_(self, src: _AnyTensor, stream: _Stream = None, /) -> Self: ...
+    def zero_(self, stream: _Stream = None, /) -> Self: ...
+    def to(self, device: _Device, stream: _Stream = None, /) -> Tensor: ...
     def item(self) -> int | float | bool: ...
     def numpy(self) -> Any: ...
     def reshape(self, *shape: int) -> Tensor: ...
     def __len__(self) -> int: ...
     def __getitem__(self, key: Any, /) -> Tensor: ...
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
     def __dlpack__(
         self,
         *,
@@ -59,124 +63,126 @@ class Tensor:
     ) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
-def empty(shape: int | tuple[int, ...], dtype: DType, device: Device, /) -> Tensor: ...
+def empty(shape: int | tuple[int, ...], dtype: _DType, device: _Device, /) -> Tensor: ...
 def empty_like(
-    like: AnyTensor, shape: int | tuple[int, ...], dtype: DType, device: Device, /
+    like: _AnyTensor, shape: int | tuple[int, ...], dtype: _DType, device: _Device, /
 ) -> Any: ...
-def from_dlpack(obj: AnyTensor, dtype: DType, /) -> Tensor: ...
+def from_dlpack(obj: _AnyTensor, dtype: _DType, /) -> Tensor: ...
 def tensor_info(
-    tensor: AnyTensor, dtype: DType = None, write: bool = False, /
+    tensor: _AnyTensor, dtype: _DType = None, write: bool = False, /
 ) -> tuple[str, str, tuple[int, ...], tuple[int, ...], bool, str]: ...
 def alloc_live() -> int: ...
 
 # -- attention ----------------------------------------------------------------------------------
 
+@final
 class AttentionPlan:
-    def __init__(self, **spec: Any) -> None: ...
+    def __new__(cls, **spec: Any) -> Self: ...
     @property
     def workspace_size(self) -> int: ...
     @property
     def generation(self) -> int: ...
-    def bind(self, workspace: Workspace | AnyTensor, /) -> None: ...
+    def bind(self, workspace: Workspace | _AnyTensor, /) -> None: ...
     def update(
         self,
-        qo_indptr: AnyTensor | None,
-        indptr: AnyTensor | None,
-        indices: AnyTensor | None,
-        last_page_len: AnyTensor | None,
-        block_table: AnyTensor | None,
-        seq_lens: AnyTensor | None,
-        stream: Stream,
+        qo_indptr: _AnyTensor | None,
+        indptr: _AnyTensor | None,
+        indices: _AnyTensor | None,
+        last_page_len: _AnyTensor | None,
+        block_table: _AnyTensor | None,
+        seq_lens: _AnyTensor | None,
+        stream: _Stream,
         /,
     ) -> None: ...
     def run(
         self,
-        q: AnyTensor,
-        k_or_kv: AnyTensor,
-        v: AnyTensor | None,
-        out: AnyTensor | None,
-        lse: AnyTensor | None,
+        q: _AnyTensor,
+        k_or_kv: _AnyTensor,
+        v: _AnyTensor | None,
+        out: _AnyTensor | None,
+        lse: _AnyTensor | None,
         return_lse: bool,
-        stream: Stream,
+        stream: _Stream,
         /,
     ) -> Any: ...
     def schedule(self) -> tuple[Any, ...]: ...
 
 def attention_merge_state(
-    v_a: AnyTensor,
-    s_a: AnyTensor,
-    v_b: AnyTensor,
-    s_b: AnyTensor,
-    mask: AnyTensor | None,
-    v_out: AnyTensor | None,
-    s_out: AnyTensor | None,
+    v_a: _AnyTensor,
+    s_a: _AnyTensor,
+    v_b: _AnyTensor,
+    s_b: _AnyTensor,
+    mask: _AnyTensor | None,
+    v_out: _AnyTensor | None,
+    s_out: _AnyTensor | None,
     lse_base: Any,
-    stream: Stream,
+    stream: _Stream,
     /,
 ) -> tuple[Any, Any]: ...
 def attention_merge_states(
-    v: AnyTensor,
-    s: AnyTensor,
-    v_out: AnyTensor | None,
-    s_out: AnyTensor | None,
+    v: _AnyTensor,
+    s: _AnyTensor,
+    v_out: _AnyTensor | None,
+    s_out: _AnyTensor | None,
     lse_base: Any,
-    stream: Stream,
+    stream: _Stream,
     /,
 ) -> tuple[Any, Any]: ...
 def attention_append(
-    k: AnyTensor,
-    v: AnyTensor,
-    k_or_kv_cache: AnyTensor,
-    v_cache: AnyTensor | None,
-    batch_indices: AnyTensor,
-    positions: AnyTensor,
-    indptr: AnyTensor,
-    indices: AnyTensor,
+    k: _AnyTensor,
+    v: _AnyTensor,
+    k_or_kv_cache: _AnyTensor,
+    v_cache: _AnyTensor | None,
+    batch_indices: _AnyTensor,
+    positions: _AnyTensor,
+    indptr: _AnyTensor,
+    indices: _AnyTensor,
     kv_layout: Any,
-    dtype: DType,
-    stream: Stream,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> None: ...
 def attention_append_slots(
-    k: AnyTensor,
-    v: AnyTensor,
-    k_or_kv_cache: AnyTensor,
-    v_cache: AnyTensor | None,
-    slot_mapping: AnyTensor,
+    k: _AnyTensor,
+    v: _AnyTensor,
+    k_or_kv_cache: _AnyTensor,
+    v_cache: _AnyTensor | None,
+    slot_mapping: _AnyTensor,
     kv_layout: Any,
-    dtype: DType,
-    stream: Stream,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> None: ...
 def attention_seq_lens(
-    indptr: AnyTensor,
-    last_page_len: AnyTensor,
+    indptr: _AnyTensor,
+    last_page_len: _AnyTensor,
     page_size: int,
-    out: AnyTensor | None,
-    stream: Stream,
+    out: _AnyTensor | None,
+    stream: _Stream,
     /,
 ) -> Any: ...
 def attention_positions(
-    append_indptr: AnyTensor,
-    seq_lens: AnyTensor,
+    append_indptr: _AnyTensor,
+    seq_lens: _AnyTensor,
     nnz: int,
-    batch_indices: AnyTensor | None,
-    positions: AnyTensor | None,
-    stream: Stream,
+    batch_indices: _AnyTensor | None,
+    positions: _AnyTensor | None,
+    stream: _Stream,
     /,
 ) -> tuple[Any, Any]: ...
 
 # -- ops ----------------------------------------------------------------------------------------
 
+@final
 class Linear:
-    def __init__(
-        self,
-        weight: AnyTensor,
-        bias: AnyTensor | None = None,
-        device: Device | None = None,
-        dtype: DType = None,
-        stream: Stream = None,
-    ) -> None: ...
+    def __new__(
+        cls,
+        weight: _AnyTensor,
+        bias: _AnyTensor | None = None,
+        device: _Device | None = None,
+        dtype: _DType = None,
+        stream: _Stream = None,
+    ) -> Self: ...
     @property
     def in_features(self) -> int: ...
     @property
@@ -185,83 +191,85 @@ class Linear:
     def dtype(self) -> str: ...
     @property
     def device(self) -> str: ...
-    def run(self, x: AnyTensor, out: AnyTensor | None, stream: Stream, /) -> Any: ...
+    def run(self, x: _AnyTensor, out: _AnyTensor | None, stream: _Stream, /) -> Any: ...
 
 def ops_rmsnorm(
-    x: AnyTensor,
-    weight: AnyTensor,
+    x: _AnyTensor,
+    weight: _AnyTensor,
     eps: float,
-    out: AnyTensor | None,
-    dtype: DType,
-    stream: Stream,
+    out: _AnyTensor | None,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> Any: ...
 def ops_fused_add_rmsnorm(
-    x: AnyTensor,
-    residual: AnyTensor,
-    weight: AnyTensor,
+    x: _AnyTensor,
+    residual: _AnyTensor,
+    weight: _AnyTensor,
     eps: float,
-    dtype: DType,
-    stream: Stream,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> Any: ...
 def ops_act_and_mul(
-    activation: int, x: AnyTensor, out: AnyTensor | None, dtype: DType, stream: Stream, /
+    activation: int, x: _AnyTensor, out: _AnyTensor | None, dtype: _DType, stream: _Stream, /
 ) -> Any: ...
 def ops_embedding(
-    ids: AnyTensor, table: AnyTensor, out: AnyTensor | None, dtype: DType, stream: Stream, /
+    ids: _AnyTensor, table: _AnyTensor, out: _AnyTensor | None, dtype: _DType, stream: _Stream, /
 ) -> Any: ...
 def ops_cos_sin(
-    inv_freq: AnyTensor, factor: float, max_position: int, device: Device, /
+    inv_freq: _AnyTensor, factor: float, max_position: int, device: _Device, /
 ) -> Tensor: ...
 def ops_apply_rope(
-    q: AnyTensor,
-    k: AnyTensor | None,
-    positions: AnyTensor,
-    cos_sin_cache: AnyTensor,
+    q: _AnyTensor,
+    k: _AnyTensor | None,
+    positions: _AnyTensor,
+    cos_sin_cache: _AnyTensor,
     interleave: bool,
-    dtype: DType,
-    stream: Stream,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> Any: ...
 def ops_softmax(
-    logits: AnyTensor,
+    logits: _AnyTensor,
     temperature: Any,
-    out: AnyTensor | None,
-    dtype: DType,
-    stream: Stream,
+    out: _AnyTensor | None,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> Any: ...
 def ops_sample(
-    logits: AnyTensor,
+    logits: _AnyTensor,
     temperature: Any,
     top_k: Any,
     top_p: Any,
     min_p: Any,
     seed: Any,
     offset: Any,
-    out: AnyTensor | None,
-    dtype: DType,
-    stream: Stream,
+    out: _AnyTensor | None,
+    dtype: _DType,
+    stream: _Stream,
     /,
 ) -> Any: ...
 def ops_token_logprobs(
-    logits: AnyTensor, ids: AnyTensor, top: int, dtype: DType, stream: Stream, /
+    logits: _AnyTensor, ids: _AnyTensor, top: int, dtype: _DType, stream: _Stream, /
 ) -> tuple[Any, Any, Any]: ...
 
 # -- workspaces and graphs ----------------------------------------------------------------------
 
+@final
 class Workspace:
-    def __init__(
-        self, tensor: AnyTensor | None = None, *, size: int | None = None, device: Device = "cpu"
-    ) -> None: ...
+    def __new__(
+        cls, tensor: _AnyTensor | None = None, *, size: int | None = None, device: _Device = "cpu"
+    ) -> Self: ...
     @property
     def size(self) -> int: ...
     @property
     def device(self) -> str: ...
 
+@final
 class Graph:
-    def __init__(self, device: Device, stream: Stream) -> None: ...
+    def __new__(cls, device: _Device, stream: _Stream) -> Self: ...
     @property
     def stream(self) -> int: ...
     @property
@@ -269,7 +277,7 @@ class Graph:
     def begin(self) -> None: ...
     def end(self) -> None: ...
     def abort(self) -> None: ...
-    def launch(self, stream: Stream, /) -> None: ...
+    def launch(self, stream: _Stream, /) -> None: ...
 
 # -- machine and caches -------------------------------------------------------------------------
 
