@@ -22,6 +22,7 @@ enum {
     DECODE_REGISTERS_TWO_CTAS = 90,
     DECODE_REGISTERS_ONE_STAGE = 196,
     DECODE_STATIC_BYTES = 10 * 1024, /* at least the warps' notes */
+    PREFILL_STATIC_BYTES = 6 * 1024, /* at least the threads' lookups */
 
     /* Wide items read long rows, narrow ones merge in parallel: as wide as leaves this many items
        per batch. */
@@ -136,6 +137,44 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
     return true;
 }
 
+/* ---------------------------------------------------------------- prefill */
+
+/* 128 rows per CTA read each K/V tile half as often as 64, where the outputs leave registers for it
+ * (compiled for sm_80 and sm_90a without a spill; 128 is the common head_dim, its neighbours spill
+ * a few bytes). */
+static int32_t prefill_rows(const raddle_attention_config *config, int64_t rows) {
+    const bool wide =
+        config->head_dim_vo <= 96 || (config->head_dim_vo == 128 && config->head_dim_qk == 128);
+    return wide && rows > 64 ? 128 : 64;
+}
+
+static int32_t prefill_ctas_per_sm(const raddle_attention_config *config, int32_t tile_rows) {
+    if (tile_rows == 128 || config->head_dim_vo > 128) {
+        return 2;
+    }
+    return config->head_dim_vo > 64 ? 3 : 4;
+}
+
+static bool choose_prefill(const raddle_attention_spec *spec, const raddle_attention_config *config,
+                           const raddle_attention_machine *machine, int32_t tile_rows,
+                           raddle_attention_choice *choice) {
+    const int32_t shared = raddle_prefill_shared_bytes(tile_rows, config->head_dim_qk,
+                                                       config->head_dim_vo, spec->fixed_chunk > 0);
+    *choice = (raddle_attention_choice){
+        .kernel = "attention/attention_prefill",
+        .block_threads = 32 * RADDLE_PREFILL_WARPS,
+        .ctas_per_sm = prefill_ctas_per_sm(config, tile_rows),
+        .shared_bytes = shared,
+        .tile_rows = tile_rows,
+        .tile_kv = RADDLE_PREFILL_TILE_KV,
+        .heads_per_item = 1,
+        .segment_cost = PREFILL_SEGMENT_COST,
+    };
+    define_common(config, choice);
+    define_int(choice->config, "TILE_ROWS", tile_rows);
+    return shared + PREFILL_STATIC_BYTES <= machine->shared_bytes;
+}
+
 /* ---------------------------------------------------------------- choice */
 
 /* Appends a reason to a list. */
@@ -179,6 +218,16 @@ raddle_status raddle_attention_choose(const raddle_attention_spec *spec,
         choose_decode(spec, config, machine, (int32_t)rows, out_choice)) {
         return RADDLE_OK;
     }
-    return raddle_fail(RADDLE_ERR_UNSUPPORTED, "attention on CUDA: more than %d packed rows",
-                       2 * RADDLE_DECODE_ROWS);
+    for (int32_t tile_rows = prefill_rows(config, rows); tile_rows >= 64; tile_rows /= 2) {
+        if (choose_prefill(spec, config, machine, tile_rows, out_choice)) {
+            return RADDLE_OK;
+        }
+    }
+    return raddle_fail(RADDLE_ERR_UNSUPPORTED,
+                       "attention on CUDA cannot run this: head_dim %d and %d%s need %d bytes of "
+                       "shared memory per CTA, the GPU has %d",
+                       (int)config->head_dim_qk, (int)config->head_dim_vo,
+                       spec->fixed_chunk > 0 ? " in fixed-chunk mode" : "",
+                       (int)out_choice->shared_bytes + PREFILL_STATIC_BYTES,
+                       (int)machine->shared_bytes);
 }

@@ -141,6 +141,21 @@ static const common_plan common_plans[] = {
     {RADDLE_BF16, 80, 80, 16, 1, 8, 1},
     {RADDLE_BF16, 192, 192, 16, 1, 8, 1},
     {RADDLE_F16, 128, 128, 16, 1, 8, 1},
+    /* Prefill: 128 rows, then 64. */
+    {RADDLE_BF16, 128, 128, 4, 512, 8, 1},
+    {RADDLE_BF16, 64, 64, 4, 512, 8, 1},
+    {RADDLE_BF16, 80, 80, 4, 512, 8, 1},
+    {RADDLE_BF16, 96, 96, 4, 512, 8, 1},
+    {RADDLE_BF16, 8, 8, 4, 512, 8, 1},
+    {RADDLE_F16, 128, 128, 4, 512, 8, 1},
+    {RADDLE_F16, 64, 64, 4, 512, 8, 1},
+    {RADDLE_BF16, 128, 128, 32, 1, 1, 1},
+    {RADDLE_BF16, 64, 64, 32, 1, 1, 1},
+    {RADDLE_BF16, 112, 112, 4, 512, 8, 1},
+    {RADDLE_BF16, 192, 192, 4, 512, 8, 1},
+    {RADDLE_BF16, 192, 128, 4, 512, 8, 1},
+    {RADDLE_BF16, 256, 256, 4, 512, 8, 1},
+    {RADDLE_F16, 256, 256, 4, 512, 8, 1},
 };
 
 /* Kernels that no plan chooses. */

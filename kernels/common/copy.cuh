@@ -37,17 +37,27 @@ __device__ __forceinline__ float2 load_shared_by_ctas(const float2 *from) {
     return v;
 }
 
+/* Makes the compiler forget where a value came from: what follows from it is computed anew instead
+ * of being kept in registers since the last time. */
+__device__ __forceinline__ void forget(int32_t &x) {
+    asm volatile("" : "+r"(x));
+}
+
+/* threadIdx.x, read where it is written, for the same reason. */
+__device__ __forceinline__ int32_t thread_here() {
+    int32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 /* Address of shared memory in its own 32-bit space. */
 __device__ __forceinline__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* Starts a copy of 16 bytes from global to shared memory; with present false, 16 zero bytes (from
- * is not read, but must be an address of global memory). */
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool present) {
-    const int bytes = present ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(bytes)
+/* Starts a copy of 16 bytes from global to shared memory. */
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
                  : "memory");
 }
 

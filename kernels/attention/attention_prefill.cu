@@ -1,0 +1,607 @@
+/* attention_prefill.cu - attention of many query rows over a paged or ragged cache; sm_80 and
+ * later.
+ *
+ * What      out and lse of the schedule's segments: up to TILE_ROWS packed rows (query tokens x
+ *           query heads of a group) of one K/V head against a K/V range.
+ * Grid      one CTA per worker of the schedule; it walks its segments. Block: 4 warps, each with
+ *           TILE_ROWS / 4 rows against all 64 tokens of a K/V tile.
+ * Shared    addresses per thread (static) | attention_shared.h: Q | K | V | row addresses | valid
+ * bits | folded chunks. One buffer of K and one of V; rows are padded to an odd number of 16-byte
+ * chunks against bank conflicts. Pipeline  cp.async, 16 bytes a thread, gathered row by row, so
+ * that any page size and stride is the same work:   wait K(j) | load V(j) | S = Q K | wait V(j) |
+ * load K(j+1) | softmax, O += P V | .. Row addresses of tile j + 1 are noted while tile j is
+ * computed, from page ids that were loaded one tile earlier. Rows      P stays in registers: the
+ * accumulators of S are the A operand of P V. The running state is per row in base 2; masks touch
+ * only tiles at a boundary. Bound     flops. Causal 16384 tokens, 32/8 heads, head_dim 128: 2.2
+ * TFLOP; the mma.sync path of an H100 ends near 370 of its 990 TFLOP/s.
+ */
+#include "attention/attention_params.h"
+#include "attention/attention_partial.cuh"
+#include "attention/attention_shared.h"
+#include "common/copy.cuh"
+#include "common/mma.cuh"
+#include "common/reduce.cuh"
+#include "common/softmax.cuh"
+#include "common/types.cuh"
+
+namespace {
+
+using namespace raddle;
+
+using kv_type = RADDLE_KV_TYPE; /* of q, k and v */
+using out_type = RADDLE_OUT_TYPE;
+constexpr int HEAD_DIM_QK = RADDLE_HEAD_DIM_QK;
+constexpr int HEAD_DIM_VO = RADDLE_HEAD_DIM_VO;
+constexpr int TILE_ROWS = RADDLE_TILE_ROWS;
+
+constexpr int WARPS = RADDLE_PREFILL_WARPS;
+constexpr int THREADS = 32 * WARPS;
+constexpr int TILE_KV = RADDLE_PREFILL_TILE_KV;
+constexpr int ROW_TILES = TILE_ROWS / (16 * WARPS); /* mma tiles of 16 rows per warp */
+constexpr int TOKEN_TILES = TILE_KV / 8;            /* mma tiles of 8 tokens */
+constexpr int K_STEPS = (HEAD_DIM_QK + 15) / 16;
+constexpr int DIM_TILES = 2 * ((HEAD_DIM_VO + 15) / 16); /* mma tiles of 8 dims, even */
+constexpr int QK_ROW = raddle_prefill_row_bytes(HEAD_DIM_QK);
+constexpr int VO_ROW = raddle_prefill_row_bytes(HEAD_DIM_VO);
+constexpr int MERGE_IN_FLIGHT = 8;
+
+static_assert(TILE_ROWS % (16 * WARPS) == 0, "a warp has whole mma tiles of rows");
+static_assert(HEAD_DIM_QK % 8 == 0 && HEAD_DIM_VO % 8 == 0, "rows are copied in chunks of 8");
+static_assert(TILE_KV == 64 && THREADS == 2 * TILE_KV, "one thread per row of K and of V");
+
+/* What a row outside the range or the pool reads instead. */
+__device__ uint4 zeros[32];
+
+struct shared_map {
+    char *q, *k, *v;
+    const char **rows; /* [2 buffers, K and V, TILE_KV]: addresses */
+    uint32_t *valid;   /* [2 buffers, 2]: bit t: token t is there */
+    float *fold_out;   /* [DIM_TILES * 4 * ROW_TILES, THREADS] */
+    float *fold_state; /* [ROW_TILES * 2 rows * 2, THREADS] */
+};
+
+__device__ __forceinline__ shared_map map_shared(char *base) {
+    shared_map m;
+    m.q = base;
+    m.k = m.q + TILE_ROWS * QK_ROW;
+    m.v = m.k + TILE_KV * QK_ROW;
+    m.rows = (const char **)(m.v + TILE_KV * VO_ROW);
+    m.valid = (uint32_t *)(m.rows + 4 * TILE_KV);
+    m.fold_out = (float *)(m.valid + 4);
+    m.fold_state = m.fold_out + DIM_TILES * 4 * ROW_TILES * THREADS;
+    return m;
+}
+
+/* ------------------------------------------------------------------ addresses */
+
+/* A run of tokens of one segment. */
+struct piece {
+    int32_t segment;
+    int32_t begin, end;
+    int32_t full_begin, full_end; /* tiles inside see no mask */
+    int32_t num_tiles;
+};
+
+/* Where each thread looks: threads 0..63 up K of the tile's tokens, 64..127 their V. Kept in shared
+ * memory, since registers are needed for tiles; a thread reads only what it wrote. */
+struct lookup {
+    const char *base[THREADS];
+    int64_t page_bytes[THREADS], token_bytes[THREADS];
+    int32_t token[THREADS], end[THREADS];
+    int32_t entry[THREADS], offset[THREADS]; /* in the page table; token in the page */
+};
+
+/* Page of this thread's token; loaded one tile ahead of its use. */
+__device__ __forceinline__ int32_t fetch_page(const raddle_attention_params &p, int32_t token,
+                                              int32_t end, int32_t entry) {
+    if (p.page_size == 0) {
+        return 0;
+    }
+    return (unsigned)token < (unsigned)end ? p.page_indices[entry] : -1;
+}
+
+/* Returns the page for the first note_rows. */
+__device__ __forceinline__ int32_t start_lookup(const raddle_attention_params &p,
+                                                const raddle_attention_request &request,
+                                                int32_t head, int32_t begin, int32_t end,
+                                                lookup &at) {
+    const int thread = threadIdx.x;
+    const bool is_v = thread >= TILE_KV;
+    const int64_t head_stride = is_v ? p.v_stride_head : p.k_stride_head;
+    const int64_t page_stride = is_v ? p.v_stride_page : p.k_stride_page;
+    const int64_t token_stride = is_v ? p.v_stride_token : p.k_stride_token;
+    const char *base =
+        (const char *)(is_v ? p.v : p.k) + head * head_stride * (int64_t)sizeof(kv_type);
+    const int32_t token = begin + thread % TILE_KV;
+    int32_t entry = request.kv_begin, offset = token;
+    if (p.page_size > 0) {
+        const int32_t number = (int32_t)((unsigned)token / (unsigned)p.page_size);
+        entry += number;
+        offset -= number * p.page_size;
+    } else {
+        base += request.kv_begin * token_stride * (int64_t)sizeof(kv_type);
+        /* Rows past the end of K and V: as out of the pool. */
+        end = (int32_t)min((int64_t)end, max(p.num_pages - request.kv_begin, (int64_t)0));
+    }
+    at.base[thread] = base;
+    at.page_bytes[thread] = page_stride * (int64_t)sizeof(kv_type);
+    at.token_bytes[thread] = token_stride * (int64_t)sizeof(kv_type);
+    at.token[thread] = token;
+    at.end[thread] = end;
+    at.entry[thread] = entry;
+    at.offset[thread] = offset;
+    return fetch_page(p, token, end, entry);
+}
+
+/* Notes where the rows of the next tile lie, and turns to the one after it: returns its page. */
+__device__ __forceinline__ int32_t note_rows(const raddle_attention_params &p, const shared_map &m,
+                                             int buffer, int32_t page, lookup &at) {
+    const int thread = thread_here();
+    int32_t token = at.token[thread], entry = at.entry[thread], offset = at.offset[thread];
+    const int32_t end = at.end[thread];
+    const bool in_pool = p.page_size == 0 || (page >= 0 && page < p.num_pages);
+    const bool in_range = (unsigned)token < (unsigned)end; /* past 31 bits: not */
+    if (!in_pool && in_range) {
+        report_page(p, page, entry);
+    }
+    const bool there = in_range && in_pool;
+    const char *row =
+        at.base[thread] + page * at.page_bytes[thread] + offset * at.token_bytes[thread];
+    m.rows[2 * TILE_KV * buffer + thread] = there ? row : (const char *)zeros;
+    const uint32_t valid = __ballot_sync(ALL_LANES, there);
+    if (thread % 32 == 0 && thread < TILE_KV) {
+        m.valid[2 * buffer + thread / 32] = valid;
+    }
+    token += TILE_KV;
+    offset += TILE_KV;
+    if (p.page_size > 0 && offset >= p.page_size) {
+        const int32_t pages = (int32_t)((unsigned)offset / (unsigned)p.page_size);
+        entry += pages;
+        offset -= pages * p.page_size;
+    }
+    at.token[thread] = token;
+    at.entry[thread] = entry;
+    at.offset[thread] = offset;
+    return fetch_page(p, token, end, entry);
+}
+
+/* ------------------------------------------------------------------ copies */
+
+/* Copies 16-byte chunks [0, CHUNKS) of ROWS rows into padded rows of shared memory; address(row)
+ * gives where a row lies. */
+template <int ROWS, int CHUNKS, int ROW_BYTES, typename address_of_row>
+__device__ __forceinline__ void copy_rows(char *to, address_of_row address) {
+    constexpr int COLUMNS = CHUNKS > 16 ? 32 : CHUNKS > 8 ? 16 : 8; /* threads per row */
+    constexpr int STEP = THREADS / COLUMNS;
+    const int thread = thread_here(), chunk = thread % COLUMNS, first = thread / COLUMNS;
+    const uint32_t base = shared_address(to) + first * ROW_BYTES + 16 * chunk;
+    if (COLUMNS == CHUNKS || chunk < CHUNKS) {
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++) {
+            cp_async_16(base + i * STEP * ROW_BYTES, address(first + i * STEP) + 16 * chunk);
+        }
+    }
+}
+
+__device__ __forceinline__ void copy_k(const shared_map &m, int buffer) {
+    const char **rows = m.rows + 2 * TILE_KV * buffer;
+    copy_rows<TILE_KV, HEAD_DIM_QK / 8, QK_ROW>(m.k, [&](int row) { return rows[row]; });
+    cp_async_commit();
+}
+
+__device__ __forceinline__ void copy_v(const shared_map &m, int buffer) {
+    const char **rows = m.rows + 2 * TILE_KV * buffer + TILE_KV;
+    copy_rows<TILE_KV, HEAD_DIM_VO / 8, VO_ROW>(m.v, [&](int row) { return rows[row]; });
+    cp_async_commit();
+}
+
+/* Joins the group of the K tile that is committed next. */
+__device__ __forceinline__ void copy_q(const raddle_attention_params &p, const shared_map &m,
+                                       const raddle_attention_segment &segment) {
+    const int32_t qo_begin = p.requests[segment.request].qo_begin;
+    copy_rows<TILE_ROWS, HEAD_DIM_QK / 8, QK_ROW>(m.q, [&](int row) {
+        const row_place place = place_of_row(p, qo_begin, segment.head, segment.row_begin + row);
+        const kv_type *from =
+            (const kv_type *)p.q + place.token * p.q_stride_token + place.head * p.q_stride_head;
+        return segment.row_begin + row < segment.row_end ? (const char *)from : (const char *)zeros;
+    });
+}
+
+/* Chunks of 16 dims that a head_dim fills only half: zeros, once, that no copy overwrites. */
+__device__ __forceinline__ void clear_padding(const shared_map &m) {
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    if (HEAD_DIM_QK % 16 != 0) {
+        for (int row = threadIdx.x; row < TILE_ROWS + TILE_KV; row += THREADS) {
+            *(uint4 *)(m.q + row * QK_ROW + 2 * HEAD_DIM_QK) = zero; /* K lies behind Q */
+        }
+    }
+    if (HEAD_DIM_VO % 16 != 0) {
+        for (int row = threadIdx.x; row < TILE_KV; row += THREADS) {
+            *(uint4 *)(m.v + row * VO_ROW + 2 * HEAD_DIM_VO) = zero;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ compute */
+
+/* A warp's rows: 16 r + g and 16 r + g + 8 of its block, r < ROW_TILES. */
+struct accumulator {
+    float out[ROW_TILES][DIM_TILES][4];
+    float max[ROW_TILES][2];
+    float sum[ROW_TILES][2]; /* this lane's share */
+};
+
+/* Row of the tile that a thread's first accumulators are of. */
+__device__ __forceinline__ int32_t first_row(int32_t thread) {
+    return thread / 32 * 16 * ROW_TILES + thread % 32 / 4;
+}
+
+typedef float scores[ROW_TILES][TOKEN_TILES][4];
+
+__device__ __forceinline__ void clear(accumulator &acc) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int d = 0; d < DIM_TILES; d++) {
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                acc.out[r][d][x] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            acc.max[r][c] = LOGIT_FLOOR;
+            acc.sum[r][c] = 0.0f;
+        }
+    }
+}
+
+__device__ __forceinline__ void compute_scores(const shared_map &m, scores &s) {
+    /* The row and half of 16 dims that this lane names to ldmatrix: of Q rows first, of K halves.
+     */
+    const int thread = thread_here(), lane = thread % 32;
+    const uint32_t q = shared_address(m.q) + (thread / 32 * 16 * ROW_TILES + lane % 16) * QK_ROW +
+                       16 * (lane / 16);
+    const uint32_t k =
+        shared_address(m.k) + (lane % 8 + 8 * (lane / 16)) * QK_ROW + 16 * (lane / 8 % 2);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) {
+            s[r][n][0] = s[r][n][1] = s[r][n][2] = s[r][n][3] = 0.0f;
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < K_STEPS; step++) {
+        uint32_t a[ROW_TILES][4];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+            ldmatrix_x4(a[r], q + 16 * r * QK_ROW + 32 * step);
+        }
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n += 2) {
+            uint32_t b[4]; /* tokens 8 n .., 8 n + 8 ..: two halves of 16 dims each */
+            ldmatrix_x4(b, k + 8 * n * QK_ROW + 32 * step);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) {
+                mma_m16n8k16<kv_type>(s[r][n], a[r][0], a[r][1], a[r][2], a[r][3], b[0], b[1]);
+                mma_m16n8k16<kv_type>(s[r][n + 1], a[r][0], a[r][1], a[r][2], a[r][3], b[2], b[3]);
+            }
+        }
+    }
+}
+
+/* Tokens that are not there, or that a row does not see. */
+__device__ __forceinline__ void mask_scores(const raddle_attention_params &p, int32_t segment_index,
+                                            int32_t base, uint64_t valid, scores &s) {
+    const raddle_attention_segment &segment = p.segments[segment_index];
+    const raddle_attention_request &request = p.requests[segment.request];
+    const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
+    const uint32_t valid_low = (uint32_t)(valid >> j2), valid_high = (uint32_t)(valid >> 32) >> j2;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const unsigned row = (unsigned)(segment.row_begin + row0 + 16 * r + 8 * c);
+            const key_range keys = keys_of_token(p, request.qo_len, request.kv_len,
+                                                 (int32_t)(row / (unsigned)p.group_size));
+            const int32_t begin = keys.begin - base - j2, end = keys.end - base - j2;
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int32_t token = 8 * n + e; /* + base + j2 */
+                    const uint32_t there = (n < 4 ? valid_low : valid_high) >> (token % 32) & 1;
+                    const bool seen = there && token >= begin && token < end;
+                    s[r][n][2 * c + e] = seen ? s[r][n][2 * c + e] : negative_infinity();
+                }
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void update_softmax(float scale, scores &s, accumulator &acc) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float top = s[r][0][2 * c];
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) {
+                top = fmaxf(top, fmaxf(s[r][n][2 * c], s[r][n][2 * c + 1]));
+            }
+            const float max = fmaxf(acc.max[r][c], reduce_max<1, 4>(top) * scale);
+            const float factor = exp2_fast(acc.max[r][c] - max);
+            acc.max[r][c] = max;
+            float sum = 0.0f;
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    s[r][n][2 * c + e] = exp2_fast(fmaf(s[r][n][2 * c + e], scale, -max));
+                    sum += s[r][n][2 * c + e];
+                }
+            }
+            acc.sum[r][c] = fmaf(acc.sum[r][c], factor, sum);
+#pragma unroll
+            for (int d = 0; d < DIM_TILES; d++) {
+                acc.out[r][d][2 * c] *= factor;
+                acc.out[r][d][2 * c + 1] *= factor;
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void add_values(const shared_map &m, const scores &s, accumulator &acc) {
+    const int lane = thread_here() % 32; /* names a token and half of 16 dims to ldmatrix */
+    const uint32_t v = shared_address(m.v) + lane % 16 * VO_ROW + 16 * (lane / 16);
+#pragma unroll
+    for (int step = 0; step < TILE_KV / 16; step++) {
+        uint32_t a[ROW_TILES][4];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+            const float(&low)[4] = s[r][2 * step], (&high)[4] = s[r][2 * step + 1];
+            a[r][0] = pack2<kv_type>(low[0], low[1]);
+            a[r][1] = pack2<kv_type>(low[2], low[3]);
+            a[r][2] = pack2<kv_type>(high[0], high[1]);
+            a[r][3] = pack2<kv_type>(high[2], high[3]);
+        }
+#pragma unroll
+        for (int d = 0; d < DIM_TILES; d += 2) {
+            uint32_t b[4]; /* dims 8 d .., 8 d + 8 ..: two halves of 16 tokens each */
+            ldmatrix_x4_trans(b, v + 16 * step * VO_ROW + 16 * d);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) {
+                mma_m16n8k16<kv_type>(acc.out[r][d], a[r][0], a[r][1], a[r][2], a[r][3], b[0],
+                                      b[1]);
+                mma_m16n8k16<kv_type>(acc.out[r][d + 1], a[r][0], a[r][1], a[r][2], a[r][3], b[2],
+                                      b[3]);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ results */
+
+/* A piece is done: the states leave the kernel's form, sums are of the whole row. */
+__device__ __forceinline__ softmax_state row_state(const accumulator &acc, int r, int c) {
+    return closed_state(acc.max[r][c], reduce_sum<1, 4>(acc.sum[r][c]));
+}
+
+__device__ __forceinline__ void write_partial(const raddle_attention_params &p,
+                                              const raddle_attention_segment &segment,
+                                              const accumulator &acc) {
+    const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const softmax_state state = row_state(acc, r, c);
+            const int32_t row = row0 + 16 * r + 8 * c; /* in the tile */
+            if (segment.row_begin + row >= segment.row_end) {
+                continue;
+            }
+            const int64_t at = partial_row(p, segment.slot, 1, 0, row);
+#pragma unroll
+            for (int d = 0; d < DIM_TILES; d++) {
+                if (8 * d < HEAD_DIM_VO) {
+                    *(float2 *)(p.partial_out + at * HEAD_DIM_VO + 8 * d + j2) =
+                        make_float2(acc.out[r][d][2 * c], acc.out[r][d][2 * c + 1]);
+                }
+            }
+            if (j2 == 0) {
+                ((float2 *)p.partial_state)[at] = make_float2(state.max, state.sum);
+            }
+        }
+    }
+}
+
+/* Folds a chunk into what the chunks before it left in shared memory, as merge_partials folds
+ * partials: to the same bits. Every thread keeps its own outputs. The sum comes back in acc, with
+ * the whole row's sum on every lane when last. */
+__device__ __forceinline__ void fold_chunk(const shared_map &m, bool first, accumulator &acc) {
+    const int32_t thread = thread_here();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const softmax_state state = row_state(acc, r, c);
+            float *kept_state = m.fold_state + (4 * r + 2 * c) * THREADS + thread;
+            const softmax_state before =
+                first ? empty_state() : softmax_state{kept_state[0], kept_state[THREADS]};
+            softmax_state into = before;
+#pragma unroll
+            for (int d = 0; d < DIM_TILES; d++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float *kept =
+                        m.fold_out + ((r * DIM_TILES + d) * 4 + 2 * c + e) * THREADS + thread;
+                    float sum[1] = {first ? 0.0f : *kept};
+                    const float part[1] = {acc.out[r][d][2 * c + e]};
+                    into = before;
+                    fold(into, sum, state, part);
+                    *kept = sum[0];
+                    acc.out[r][d][2 * c + e] = sum[0];
+                }
+            }
+            kept_state[0] = into.max;
+            kept_state[THREADS] = into.sum;
+            acc.max[r][c] = into.max;
+            acc.sum[r][c] = into.sum;
+        }
+    }
+}
+
+/* folded: sums are of the whole row already. */
+__device__ __forceinline__ void write_results(const raddle_attention_params &p,
+                                              const raddle_attention_segment &segment, bool folded,
+                                              const accumulator &acc) {
+    const int32_t qo_begin = p.requests[segment.request].qo_begin;
+    const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const softmax_state whole = row_state(acc, r, c);
+            const softmax_state state =
+                folded ? softmax_state{acc.max[r][c], acc.sum[r][c]} : whole;
+            const int32_t row = segment.row_begin + row0 + 16 * r + 8 * c;
+            if (row >= segment.row_end) {
+                continue;
+            }
+            const row_place place = place_of_row(p, qo_begin, segment.head, row);
+            const bool empty = state.sum == 0.0f; /* sees nothing: exactly 0 */
+            const float inverse = empty ? 0.0f : reciprocal_fast(state.sum);
+            out_type *out = (out_type *)p.out + place.token * p.out_stride_token +
+                            place.head * p.out_stride_head + j2;
+#pragma unroll
+            for (int d = 0; d < DIM_TILES; d++) {
+                if (8 * d < HEAD_DIM_VO) {
+                    store2<out_type>(out + 8 * d, empty ? 0.0f : acc.out[r][d][2 * c] * inverse,
+                                     empty ? 0.0f : acc.out[r][d][2 * c + 1] * inverse);
+                }
+            }
+            if (j2 == 0 && p.lse) {
+                p.lse[place.token * p.lse_stride_token + place.head * p.lse_stride_head] =
+                    empty ? negative_infinity() : (state.max + log2f(state.sum)) * p.lse_scale;
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ pieces */
+
+/* Notes down the piece that starts at token begin of a segment, and where its rows lie. Returns the
+ * page for the first note_rows. */
+__device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, int32_t index,
+                                              int32_t begin, piece &at, lookup &look) {
+    const raddle_attention_segment &segment = p.segments[index];
+    const raddle_attention_request &request = p.requests[segment.request];
+    const unsigned group = (unsigned)p.group_size;
+    const int32_t fixed_chunk = p.header->fixed_chunk;
+    int32_t end = segment.kv_end;
+    if (fixed_chunk > 0 && segment.slot < 0) {
+        const unsigned chunk = (unsigned)fixed_chunk;
+        end = (int32_t)min((unsigned)end, ((unsigned)begin / chunk + 1) * chunk);
+    }
+    if (threadIdx.x == 0) {
+        const unsigned first = (unsigned)segment.row_begin, last = (unsigned)segment.row_end - 1;
+        at.segment = index;
+        at.begin = begin;
+        at.end = end;
+        at.full_begin =
+            keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(last / group)).begin;
+        at.full_end =
+            keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(first / group)).end;
+        at.num_tiles = (int32_t)(((unsigned)(end - begin) + TILE_KV - 1) / TILE_KV);
+    }
+    return start_lookup(p, request, segment.head, begin, end, look);
+}
+
+} // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
+    attention_prefill(const __grid_constant__ raddle_attention_params p) {
+    extern __shared__ __align__(16) char shared[];
+    __shared__ int32_t is_last;
+    __shared__ lookup look;
+    __shared__ piece at;
+    const shared_map m = map_shared(shared);
+
+    launch_dependents();
+    clear_padding(m);
+    wait_for_predecessors(); /* q, K and V may be theirs */
+    /* A piece is a whole segment, or in fixed-chunk mode one chunk of an uncut item. */
+    int32_t index = p.worker_indptr[blockIdx.x];
+    if (index >= p.worker_indptr[blockIdx.x + 1]) {
+        return;
+    }
+    int32_t begin = p.segments[index].kv_begin;
+#pragma unroll 1
+    for (;;) {
+        accumulator acc;
+        clear(acc);
+        __syncthreads(); /* all warps are done with the piece before -> its notes, Q, K and the row
+                            addresses may be overwritten */
+        int32_t page = open_piece(p, index, begin, at, look);
+        page = note_rows(p, m, 0, page, look);
+        __syncthreads(); /* the piece and the rows of its first tile are noted -> every thread reads
+                            them */
+        if (begin == p.segments[index].kv_begin) {
+            copy_q(p, m, p.segments[index]);
+        }
+        copy_k(m, 0);
+#pragma unroll 1
+        for (int32_t tile = 0; tile < at.num_tiles; tile++) {
+            const int buffer = tile & 1;
+            cp_async_wait<0>();
+            __syncthreads(); /* K is here from all threads' copies; V of the tile before is used up
+                                -> scores may be computed, V overwritten */
+            copy_v(m, buffer);
+            page = note_rows(p, m, buffer ^ 1, page, look);
+            scores s;
+            compute_scores(m, s);
+            cp_async_wait<0>();
+            __syncthreads(); /* V is here, K is used up, the next rows are noted -> values may be
+                                added, K overwritten */
+            if (tile + 1 < at.num_tiles) {
+                copy_k(m, buffer ^ 1);
+            }
+            const int32_t base = at.begin + TILE_KV * tile;
+            const uint64_t valid = m.valid[2 * buffer] | (uint64_t)m.valid[2 * buffer + 1] << 32;
+            if (valid != ~(uint64_t)0 || base < at.full_begin || base > at.full_end - TILE_KV) {
+                mask_scores(p, at.segment, base, valid, s);
+            }
+            update_softmax(p.sm_scale_log2, s, acc);
+            add_values(m, s, acc);
+        }
+        index = at.segment;
+        const raddle_attention_segment &segment = p.segments[index];
+        const bool last = at.end == segment.kv_end;
+        if (segment.slot >= 0) {
+            write_partial(p, segment, acc);
+            if (arrive_at_merge(p, segment.merge, &is_last)) {
+                merge_partials<out_type, 1, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p,
+                                                                                   segment.merge);
+            }
+        } else {
+            const bool first = at.begin == segment.kv_begin;
+            if (!(first && last)) {
+                fold_chunk(m, first, acc);
+            }
+            if (last) {
+                write_results(p, segment, !first, acc);
+            }
+        }
+        /* What follows: the next chunk of the segment, or the next segment. */
+        begin = at.end;
+        if (last) {
+            index++;
+            if (index >= p.worker_indptr[blockIdx.x + 1]) {
+                break;
+            }
+            begin = p.segments[index].kv_begin;
+        }
+    }
+    cp_async_wait<0>(); /* of a piece without tiles: nothing may land after the CTA is gone */
+}
