@@ -39,6 +39,7 @@ enum {
 
 typedef struct kernel_entry {
     raddle_kernel kernel;
+    CUmodule module; /* kept loaded */
     raddle_hash key; /* of name and config: sources do not change within a process */
     int device;
     unsigned dynamic_shared_limit;
@@ -139,7 +140,7 @@ static raddle_status read_function(const raddle_cuda_device *device, CUfunction 
 
 /* The symbol is the last part of the name. */
 static raddle_status load_image(const raddle_cuda_device *device, const char *name,
-                                const raddle_image *image, raddle_kernel *kernel) {
+                                const raddle_image *image, kernel_entry *entry) {
     const raddle_cuda_driver *driver = device->driver;
     const char *slash = strrchr(name, '/');
     CUmodule module = NULL;
@@ -149,23 +150,25 @@ static raddle_status load_image(const raddle_cuda_device *device, const char *na
         driver->module_get_function(&function, module, slash != NULL ? slash + 1 : name),
         "finding a kernel in its module");
     if (status == RADDLE_OK) {
-        status = read_function(device, function, kernel);
+        status = read_function(device, function, &entry->kernel);
     }
     if (status != RADDLE_OK) {
         driver->module_unload(module);
+        return status;
     }
-    return status;
+    entry->module = module;
+    return RADDLE_OK;
 }
 
 /* With the context current. */
 static raddle_status load_kernel(const raddle_cuda_device *device, const char *name,
-                                 const raddle_image *image, raddle_kernel *kernel) {
+                                 const raddle_image *image, kernel_entry *entry) {
     const int mode = raddle_cuda_relax_capture(device->driver);
-    raddle_status status = load_image(device, name, image, kernel);
+    raddle_status status = load_image(device, name, image, entry);
     raddle_cuda_restore_capture(device->driver, mode);
     if (status == RADDLE_OK) {
         raddle_log(2, "loaded %s on cuda:%d: %d registers, %d bytes of local memory", name,
-                   device->index, kernel->registers, kernel->local_bytes);
+                   device->index, entry->kernel.registers, entry->kernel.local_bytes);
     }
     return status;
 }
@@ -183,23 +186,36 @@ static kernel_entry *find_entry(int device, raddle_hash key) {
     return NULL;
 }
 
-static raddle_status add_entry(int device, raddle_hash key, kernel_entry **out_entry) {
-    if (num_kernels == kernels_capacity) {
-        const size_t capacity = kernels_capacity > 0 ? 2 * kernels_capacity : 32;
-        kernel_entry **grown = raddle_realloc(kernels, capacity * sizeof *grown);
-        if (grown == NULL) {
-            return raddle_fail_memory(capacity * sizeof *grown);
-        }
-        kernels = grown;
-        kernels_capacity = capacity;
+/* Makes sure that one more entry fits. */
+static raddle_status reserve_entry(void) {
+    if (num_kernels < kernels_capacity) {
+        return RADDLE_OK;
     }
+    const size_t capacity = kernels_capacity > 0 ? 2 * kernels_capacity : 32;
+    kernel_entry **grown = raddle_realloc(kernels, capacity * sizeof *grown);
+    if (grown == NULL) {
+        return raddle_fail_memory(capacity * sizeof *grown);
+    }
+    kernels = grown;
+    kernels_capacity = capacity;
+    return RADDLE_OK;
+}
+
+static raddle_status add_entry(const raddle_cuda_device *device, const char *name, raddle_hash key,
+                               const raddle_image *image, kernel_entry **out_entry) {
+    RADDLE_TRY(reserve_entry());
     kernel_entry *entry = raddle_alloc_zero(sizeof *entry);
     if (entry == NULL) {
         return raddle_fail_memory(sizeof *entry);
     }
-    entry->device = device;
+    entry->device = device->index;
     entry->key = key;
     entry->dynamic_shared_limit = DEFAULT_SHARED_BYTES;
+    raddle_status status = load_kernel(device, name, image, entry);
+    if (status != RADDLE_OK) {
+        raddle_free(entry);
+        return status;
+    }
     kernels[num_kernels++] = entry;
     *out_entry = entry;
     return RADDLE_OK;
@@ -229,23 +245,16 @@ static raddle_hash hash_request(const char *name, const char *config) {
     return raddle_hash_finish(&hasher);
 }
 
-/* image NULL: only look. *out_entry NULL: not loaded yet. */
+/* image NULL: only look. *out_kernel NULL: not loaded yet. */
 static raddle_status lock_and_find(const raddle_cuda_device *device, const char *name,
                                    raddle_hash key, unsigned shared_bytes,
                                    const raddle_image *image, const raddle_kernel **out_kernel) {
     raddle_status status = RADDLE_OK;
-    raddle_kernel loaded = {0};
     *out_kernel = NULL;
     pthread_mutex_lock(&kernels_mutex);
     kernel_entry *entry = find_entry(device->index, key);
     if (entry == NULL && image != NULL) {
-        status = load_kernel(device, name, image, &loaded);
-        if (status == RADDLE_OK) {
-            status = add_entry(device->index, key, &entry);
-        }
-        if (entry != NULL) {
-            entry->kernel = loaded;
-        }
+        status = add_entry(device, name, key, image, &entry);
     }
     if (entry != NULL) {
         status = allow_shared_bytes(device, name, entry, shared_bytes);

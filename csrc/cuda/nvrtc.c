@@ -182,9 +182,8 @@ static int version_of_name(const char *name, const char *prefix) {
 
 /* The builtins beside a wheel's libnvrtc carry the minor number; one version only, or no answer. */
 static int version_of_builtins(const char *path) {
-    char folder[RADDLE_LIBRARY_PATH_BYTES];
-    snprintf(folder, sizeof folder, "%s", path);
-    *strrchr(folder, '/') = '\0';
+    char folder[PATH_MAX];
+    snprintf(folder, sizeof folder, "%.*s", (int)(strrchr(path, '/') - path), path);
     DIR *listing = opendir(folder);
     int version = 0;
     if (listing == NULL) {

@@ -3,6 +3,8 @@
  */
 #include "stub.h"
 
+#include <pthread.h>
+
 #define EXPORT __attribute__((visibility("default")))
 
 enum { ERROR_COMPILATION = 6 };
@@ -17,6 +19,8 @@ static stub_nvrtc_state state = {
     .num_archs = 4,
     .archs = {80, 90, 100, 120},
 };
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
 EXPORT void *stub_nvrtc_panel(void) {
     return &state;
@@ -47,6 +51,7 @@ EXPORT int nvrtcCreateProgram(program **made, const char *text, const char *name
     program *self = calloc(1, sizeof *self);
     snprintf(self->name, sizeof self->name, "%s", name);
     snprintf(self->text, sizeof self->text, "%s", text);
+    pthread_mutex_lock(&mutex);
     state.num_headers = num_headers;
     state.headers[0] = '\0';
     for (int i = 0; i < num_headers; i++) {
@@ -54,6 +59,7 @@ EXPORT int nvrtcCreateProgram(program **made, const char *text, const char *name
         strcat(state.headers, texts[i] != NULL ? " " : "?");
     }
     memcpy(state.text, self->text, sizeof state.text);
+    pthread_mutex_unlock(&mutex);
     *made = self;
     return 0;
 }
@@ -65,11 +71,13 @@ EXPORT int nvrtcDestroyProgram(program **self) {
 }
 
 EXPORT int nvrtcCompileProgram(program *self, int num_options, const char *const *options) {
+    pthread_mutex_lock(&mutex);
     state.num_compiles++;
     state.num_options = num_options;
     for (int i = 0; i < num_options && i < 8; i++) {
         snprintf(state.options[i], sizeof state.options[i], "%s", options[i]);
     }
+    pthread_mutex_unlock(&mutex);
     const char *error = strstr(self->text, "#error ");
     if (error != NULL) {
         snprintf(self->log, sizeof self->log, "a warning first\n%.100s(1): error: %.60s\n1 error\n",
