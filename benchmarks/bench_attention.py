@@ -166,7 +166,7 @@ def bench_prefill(report, args, dtype, batch, length, heads, kv_heads, dim):
 def main():
     args = common.parse_args(__doc__)
     if args.device == "cpu":
-        torch.set_num_threads(_core.num_threads())
+        torch.set_num_threads(_core.settings()["cpu_threads"])
     dtypes = [torch.bfloat16] if args.device == "cuda" else [torch.bfloat16, torch.float32]
     ceilings = {"read GB/s": common.measure_read(args.device, 128 << 20, args.repeat)}
     for dtype in dtypes:

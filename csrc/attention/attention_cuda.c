@@ -165,6 +165,8 @@ typedef struct plain_config {
 
 static const plain_config plain_configs[] = {
     {"attention/attention_append", ""},
+    {"attention/attention_seq_lens", ""},
+    {"attention/attention_positions", ""},
     {"attention/attention_merge", "#define RADDLE_TYPE bf16\n#define RADDLE_VECTOR 8\n"},
     {"attention/attention_merge", "#define RADDLE_TYPE bf16\n#define RADDLE_VECTOR 1\n"},
     {"attention/attention_merge", "#define RADDLE_TYPE f16\n#define RADDLE_VECTOR 8\n"},
