@@ -119,7 +119,7 @@ def greedy(model, prompts, count):
 def is_a_tie(model, ids, first, second):
     """Whether these two are the best next tokens, within the tolerance of the logits."""
     row = logits_of(model, ids)[-1]
-    limit = 2 * TOLERANCE * np.abs(row).max()
+    limit = TOLERANCE * np.abs(row).max()
     return max(row.max() - row[first], row.max() - row[second]) <= limit
 
 

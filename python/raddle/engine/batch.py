@@ -4,6 +4,7 @@ Lines are read as the engine has room for them and written when they are answere
 Whatever is wrong with a line is its own result, an error row, and nobody else's.
 """
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -51,12 +52,12 @@ class Row:
 class BatchJob:
     """Answers the lines of input_path into output_path; the engine is lent.
 
-    model_names: what a request's `model` may be, the first being the job's own. progress: called
-    with the Summary after each step.
+    model_names: what a request's `model` may be, the first being the job's own. seed: of the
+    requests without one. progress: called with the Summary after each step.
     """
 
-    def __init__(self, engine, input_path, output_path, model_names, progress=None):
-        self._engine, self._model_names = engine, list(model_names)
+    def __init__(self, engine, input_path, output_path, model_names, *, seed=0, progress=None):
+        self._engine, self._model_names, self._seed = engine, list(model_names), seed
         self._input = Path(input_path)
         if self._input.resolve() == Path(output_path).resolve():
             raise ArgumentError("--output: is the input file; name another one")
@@ -134,7 +135,10 @@ class BatchJob:
             row = Row(number, custom_id, parsed)
             for i, prompt in enumerate(parsed.prompts):
                 request_id = (number, i)
-                self._engine.add_request(prompt, parsed.params, request_id=request_id)
+                params = parsed.params
+                if params.seed is None:
+                    params = dataclasses.replace(params, seed=self._seed_of(number, i))
+                self._engine.add_request(prompt, params, request_id=request_id)
                 added.append(request_id)
                 row.answers.append([None] * parsed.params.n)
                 row.num_missing += parsed.params.n
@@ -143,6 +147,11 @@ class BatchJob:
             for request_id in added:
                 self._engine.abort(request_id)
             self._finish(number, custom_id, error_status(error), error_body(error), error)
+
+    def _seed_of(self, number, prompt_index):
+        """The same in every run of the job, wherever it was stopped."""
+        text = f"{self._seed} {number} {prompt_index}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
 
     def _take(self, output):
         row = self._rows.get(output.request_id)

@@ -33,7 +33,8 @@ def main(args):
         bar = _Bar()
         engine = load_engine(args, folder, args.seed)
         names = [folder.resolve().name, *args.served_model_name, str(args.model or folder)]
-        job = BatchJob(engine, args.input, args.output, list(dict.fromkeys(names)), bar.update)
+        names = list(dict.fromkeys(names))
+        job = BatchJob(engine, args.input, args.output, names, seed=args.seed, progress=bar.update)
     except RaddleError as error:
         say(f"raddle batch: {error}")
         return 1

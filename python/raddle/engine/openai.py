@@ -257,11 +257,18 @@ def _json_number(logprob):
     return max(logprob, -9999.0)
 
 
+def _token_name(tokenizer, token_id):
+    """A token's text; OpenAI's "bytes:.." for a piece of a character, so that names differ."""
+    text, data = tokenizer.token_text(token_id)
+    is_piece = "\ufffd" in text and text.encode() != data
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if is_piece else text
+
+
 def _completion_choice(index, output, tokenizer):
     logprobs = None
     if output.logprobs:
         entries = _shown_logprobs(output)
-        texts = [tokenizer.token_text(entry.token_id)[0] for entry in entries]
+        texts = [_token_name(tokenizer, entry.token_id) for entry in entries]
         offsets = [0]
         for text in texts:
             offsets.append(offsets[-1] + len(text))
@@ -269,7 +276,7 @@ def _completion_choice(index, output, tokenizer):
             "tokens": texts,
             "token_logprobs": [_json_number(entry.logprob) for entry in entries],
             "top_logprobs": [
-                {tokenizer.token_text(i)[0]: _json_number(value) for i, value in entry.top}
+                {_token_name(tokenizer, i): _json_number(value) for i, value in entry.top}
                 for entry in entries
             ],
             "text_offset": offsets[:-1],
