@@ -104,8 +104,12 @@ import raddle
 from raddle.attention import BatchDecode
 raddle.empty((1,), device="cuda")
 start = time.perf_counter()
-BatchDecode(num_qo_heads=32, num_kv_heads=8, head_dim=128, page_size=16, max_batch=4, max_pages=9,
-device="cuda") print((time.perf_counter() - start) * 1e6) """
+BatchDecode(
+    num_qo_heads=32, num_kv_heads=8, head_dim=128, page_size=16, max_batch=4, max_pages=9,
+    device="cuda",
+)
+print((time.perf_counter() - start) * 1e6)
+"""
 
 
 def bench_compile(report):
