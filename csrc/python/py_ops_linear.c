@@ -3,6 +3,7 @@
 #include "python/py_ops.h"
 
 #include "ops/ops.h"
+#include "python/py_runtime.h"
 
 typedef struct linear_object {
     PyObject_HEAD raddle_ops_linear *linear;
@@ -102,7 +103,9 @@ static PyObject *linear_run(linear_object *self, PyObject *const *objects, Py_ss
     }
     PyObject *out = raddle_py_ops_result(objects[1], "out", objects[0], shape, x->ndim, x->dtype,
                                          x->device, &args[OUT]);
-    if (!out || raddle_stream_from_args(objects[2], args, NUM, &stream) < 0) {
+    if (!out || raddle_stream_from_args(objects[2], args, NUM, &stream) < 0 ||
+        raddle_py_graph_keep((PyObject *)self) <
+            0) { /* a captured product reads the weight again */
         goto out;
     }
     PyThreadState *state = raddle_py_ops_begin_work(x->device, elements);
