@@ -220,7 +220,7 @@ def test_n_greedy_answers_are_one_answer(folders):
     folder, _, _ = folders("qwen2")
     prompt = prompts_of([21])[0]
     single = token_ids(make_engine(folder).generate([prompt], GREEDY))[0]
-    for options in ({}, {"page_size": 4, "max_tokens_per_step": 6, "max_batch": 5}):
+    for options in ({}, {"page_size": 4, "max_tokens_per_step": 5, "max_batch": 5}):
         engine = make_engine(folder, **options)
         several = token_ids(engine.generate([prompt], dataclasses.replace(GREEDY, n=5)))[0]
         assert several == single * 5

@@ -47,6 +47,11 @@ class Sequence:
         self.reply = None  # what the engine keeps of its text
         self.finish_reason = None
 
+    @property
+    def is_decoding(self):
+        """One token is missing, and nobody waits for the prompt to be read."""
+        return len(self.tokens) - self.computed == 1 and not self.pending
+
 
 @dataclass
 class Step:
@@ -129,7 +134,7 @@ class Scheduler:
     def _take_decodes(self):
         import numpy as np
 
-        decodes = [s for s in self.running if len(s.tokens) - s.computed == 1]
+        decodes = [s for s in self.running if s.is_decoding]
         slots = np.array([s.slot for s in decodes], np.int64)
         preemptions = self.num_preemptions
         for i in self.cache.slots_to_grow(slots):
@@ -147,7 +152,7 @@ class Scheduler:
         for sequence in list(self.running):
             missing = 0 if sequence.slot is None else len(sequence.tokens) - sequence.computed
             count = min(missing, budget)
-            if missing == 1 or count == 0:
+            if count == 0 or sequence.is_decoding:
                 continue
             while not self.cache.grow(sequence.slot, sequence.computed + count):
                 youngest = self.running[-1]
