@@ -541,6 +541,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     for (;;) {
         accumulator acc;
         clear(acc);
+        cp_async_wait<0>(); /* of a piece without tiles: none may land on the next one's rows */
         __syncthreads(); /* all warps are done with the piece before -> its notes, Q, K and the row
                             addresses may be overwritten */
         int32_t page = open_piece(p, index, begin, at, look);
@@ -603,5 +604,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             begin = p.segments[index].kv_begin;
         }
     }
-    cp_async_wait<0>(); /* of a piece without tiles: nothing may land after the CTA is gone */
+    cp_async_wait<0>(); /* the same: none may land when the CTA is gone */
 }
