@@ -147,21 +147,8 @@ static raddle_status get_ops_config(int index, const char **out_name, char *out_
     return raddle_ops_kernel_config(index, out_name, out_config, config_bytes);
 }
 
-#pragma weak raddle_attention_num_kernel_configs
-#pragma weak raddle_attention_kernel_config
-
-static int count_attention_configs(void) {
-    return raddle_attention_num_kernel_configs ? raddle_attention_num_kernel_configs() : 0;
-}
-
-static raddle_status get_attention_config(int index, const char **out_name, char *out_config,
-                                          size_t config_bytes, bool *out_hopper_only) {
-    return raddle_attention_kernel_config(index, out_name, out_config, config_bytes,
-                                          out_hopper_only);
-}
-
 static const config_family config_families[] = {
-    {count_attention_configs, get_attention_config},
+    {raddle_attention_num_kernel_configs, raddle_attention_kernel_config},
     {raddle_ops_num_kernel_configs, get_ops_config},
 };
 

@@ -40,8 +40,8 @@ def warmup(archs=None, *, bundle=None, progress=None):
 
     archs: like ["sm_80", "sm_90a"]; by default those of the GPUs here. bundle: also write them all
     to this file, for raddle.cache.load_bundle or `python -m raddle cache --import`. progress:
-    called with (done, total) after each kernel. Raises CompileError (its log has the compiler's words),
-    DeviceError when archs is not given and there is no GPU, RaddleIOError for the bundle.
+    called with (done, total) after each kernel. Raises CompileError (its log has the compiler's
+    words), DeviceError when archs is not given and there is no GPU, RaddleIOError for the bundle.
     """
     archs = list(archs) if archs else gpu_archs()
     if not archs:
