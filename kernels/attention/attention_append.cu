@@ -1,10 +1,11 @@
-/* attention_append.cu - writes new K and V rows into a paged cache, by page table or by slot
- * number.
+/* attention_append.cu - writes new K and V rows into a paged cache, by page table or slot number.
  *
  * What      row i of k and v goes to one token of one page; negative batch indices and slots are
- * skipped, and so is everything that would lie outside the page table or the pool. Grid      one
- * CTA per row. Block: 128 threads that copy 16-byte chunks of all heads of K, then of V. Bound
- * bytes, read and written once: 4 KB a row for 8 heads of 128 bf16; a launch at decode sizes.
+ *           skipped, and so is everything that would lie outside the page table or the pool.
+ * Grid      one CTA per row. Block: 128 threads that copy 16-byte chunks of all heads of K, then
+ *           of V.
+ * Bound     bytes, read and written once: 4 KB a row for 8 heads of 128 bf16; at decode sizes, a
+ *           launch.
  */
 #include "attention/attention_append_params.h"
 #include "common/copy.cuh"

@@ -2,20 +2,23 @@
  * sm_80 and later.
  *
  * What      out and lse of the schedule's segments: up to 8 * ROW_TILES packed rows (query heads of
- * a group x query tokens) against a K/V range, for HEADS neighbouring K/V heads. Grid      one CTA
- * per worker of the schedule; it walks its segments. Block: 8 warps = HEADS heads x WARPS_PER_HEAD;
- * the warps of a head take tiles of 16 tokens in turn. Idea      a decode step reads every K and V
- * byte once, so nothing is staged: a warp loads a tile from global memory straight into mma
- * fragments, S^T[16 tokens x 8 rows] = K Q^T and O^T[dims x 8 rows] = V^T P^T. Pages, strides and
- * gathers only change an address: lane t looks up K of token t, lane 16 + t its V, the others read
- * them from the warp's notes. Pipeline  STAGES 2: |load B|compute A|load A|compute B|..   STAGES 1:
- * |scores|load next K|softmax, values|load next V|.. The first tile of the next piece is loaded
- * before this piece is combined. Shared    notes of 8 warps (static) | attention_shared.h: outputs
- * and states of 8 warps | q (Q_IN_SHARED) | folded outputs, two folded states. Results   the warps
- * of a head are combined once per piece, in warp order. A piece is a whole segment, or in
- * fixed-chunk mode one chunk of an uncut item; chunks are folded as merge_partials folds partials,
- * to the same bits. Bound     bytes. 64 requests x 4096 tokens, 32/8 heads, head_dim 128, bf16,
- * page 16, H100: 1.07 GB, 341 us at 3150 GB/s; the probe of this design took 356 us.
+ *           a group x query tokens) against a K/V range, for HEADS neighbouring K/V heads.
+ * Grid      one CTA per worker of the schedule; it walks its segments. Block: 8 warps, HEADS heads
+ *           x WARPS_PER_HEAD; the warps of a head take tiles of 16 tokens in turn.
+ * Idea      a decode step reads every K and V byte once, so nothing is staged: a warp loads a tile
+ *           from global memory straight into mma fragments, S^T[16 tokens x 8 rows] = K Q^T and
+ *           O^T[dims x 8 rows] = V^T P^T. Pages, strides and gathers only change an address: lane t
+ *           looks up K of token t and lane 16 + t its V, the others read what they noted down.
+ * Pipeline  STAGES 2:  load B | compute A | load A | compute B | ..
+ *           STAGES 1:  scores | load next K | softmax, values | load next V | ..
+ *           The first tile of the next piece is loaded before this piece is combined (PREFETCH).
+ * Shared    notes of 8 warps (static) | attention_shared.h: outputs and states of 8 warps | q
+ *           (Q_IN_SHARED) | folded outputs, two folded states.
+ * Results   the warps of a head are combined once per piece, in warp order. A piece is a whole
+ *           segment, or in fixed-chunk mode one chunk of an uncut item; chunks are folded as
+ *           merge_partials folds partials, to the same bits.
+ * Bound     bytes. 64 requests x 4096 tokens, 32/8 heads, head_dim 128, bf16, H100: 1.07 GB, 341 us
+ *           at the 3150 GB/s that reads reach.
  */
 #include "attention/attention_params.h"
 #include "attention/attention_partial.cuh"

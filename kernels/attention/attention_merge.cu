@@ -1,9 +1,11 @@
 /* attention_merge.cu - merges attention states over disjoint sets of keys, in index order.
  *
  * What      v_out = sum of weight_i v_i with weight_i = 2^(s_i) / sum of 2^(s_j), s_out = log of
- * that sum, in the caller's base. A state of -inf weighs nothing whatever its v holds; all -inf: 0
- * and -inf. Grid      a warp per (row, head), 4 warps per CTA; a lane has VECTOR neighbouring
- * elements at a time. Bound     bytes: (states + 1) x head_dim elements per row and head.
+ *           that sum, in the caller's base. A state of -inf weighs nothing whatever its v holds;
+ *           all -inf: 0 and -inf.
+ * Grid      a warp per (row, head), 4 warps per CTA; a lane has VECTOR neighbouring elements at a
+ *           time.
+ * Bound     bytes: (states + 1) x head_dim elements per row and head.
  */
 #include "attention/attention_merge_params.h"
 #include "common/copy.cuh"

@@ -5,15 +5,18 @@
  *           query heads of a group) of one K/V head against a K/V range.
  * Grid      one CTA per worker of the schedule; it walks its segments. Block: 4 warps, each with
  *           TILE_ROWS / 4 rows against all 64 tokens of a K/V tile.
- * Shared    addresses per thread (static) | attention_shared.h: Q | K | V | row addresses | valid
- * bits | folded chunks. One buffer of K and one of V; rows are padded to an odd number of 16-byte
- * chunks against bank conflicts. Pipeline  cp.async, 16 bytes a thread, gathered row by row, so
- * that any page size and stride is the same work:   wait K(j) | load V(j) | S = Q K | wait V(j) |
- * load K(j+1) | softmax, O += P V | .. Row addresses of tile j + 1 are noted while tile j is
- * computed, from page ids that were loaded one tile earlier. Rows      P stays in registers: the
- * accumulators of S are the A operand of P V. The running state is per row in base 2; masks touch
- * only tiles at a boundary. Bound     flops. Causal 16384 tokens, 32/8 heads, head_dim 128: 2.2
- * TFLOP; the mma.sync path of an H100 ends near 370 of its 990 TFLOP/s.
+ * Shared    where each thread looks (static) | attention_shared.h: Q | K | V | row addresses |
+ *           valid bits | folded chunks. One buffer of K and one of V; rows are padded to an odd
+ *           number of 16-byte chunks against bank conflicts.
+ * Pipeline  cp.async, 16 bytes a thread, gathered row by row, so that any page size and stride is
+ *           the same work:
+ *           wait K(j) | load V(j) | S = Q K | wait V(j) | load K(j+1) | softmax, O += P V | ..
+ *           Row addresses of tile j + 1 are noted while tile j is computed, from page ids that were
+ *           loaded one tile earlier.
+ * Rows      P stays in registers: the accumulators of S are the A operand of P V. The running state
+ *           is per row in base 2; masks touch only tiles at a boundary.
+ * Bound     flops. Causal 16384 tokens, 32/8 heads, head_dim 128: 2.2 TFLOP; mma.sync on an H100
+ *           ends near 370 of its 990 TFLOP/s.
  */
 #include "attention/attention_params.h"
 #include "attention/attention_partial.cuh"
