@@ -13,12 +13,13 @@ computes again what it needs from the tokens that are known.
 import itertools
 import random
 
+from .. import empty
 from ..errors import ArgumentError, CapacityError, StateError, UnsupportedError
 from .config import DTYPES, ModelConfig
 from .memory import build_cache
 from .model import Model
 from .reply import Reply
-from .runner import Runner
+from .runner import Runner, graph_size
 from .sampling import SamplingParams, SamplingTable, draw_logprobs, to_host
 from .scheduler import Scheduler, Sequence, Step
 from .tokenizer import Tokenizer
@@ -63,6 +64,7 @@ class Engine:
         _check_size("page_size", page_size)
         _check_size("max_tokens_per_step", max_tokens_per_step)
         max_tokens = max(max_tokens_per_step, max_batch)
+        max_rows_of_step = max(max_tokens, graph_size(max_batch))
         context = config.max_position_embeddings
         if max_model_len is not None:
             _check_size("max_model_len", max_model_len)
@@ -76,6 +78,7 @@ class Engine:
                 f"tokenizer.json: has token ids up to {tokenizer.vocab_size - 1}, config.json has "
                 f"a vocab_size of {config.vocab_size}: they are not of one model"
             )
+        device = empty(1, device=device).device  # "cuda" is cuda:0; or an error that says why not
         self.config, self.tokenizer, self.device, self.dtype = config, tokenizer, device, dtype
         self.max_batch = max_batch
         try:
@@ -84,8 +87,8 @@ class Engine:
                 source,
                 device=device,
                 dtype=dtype,
-                max_tokens=max_tokens,
-                max_rows=max_batch,
+                max_tokens=max_rows_of_step,
+                max_rows=graph_size(max_batch),
                 max_positions=context,
                 communicator=communicator,
                 progress=progress,
@@ -96,7 +99,7 @@ class Engine:
             self._model, context, max_batch, max_tokens, page_size, kv_memory_bytes
         )
         self.max_model_len = min(context, self.cache.max_length)
-        self._runner = Runner(self._model, self.cache, max_batch, max_tokens)
+        self._runner = Runner(self._model, self.cache, max_batch, max_rows_of_step)
         self._sampling = SamplingTable(max_batch)
         self._scheduler = Scheduler(self.cache, max_tokens, self._admitted)
         self._requests = {}  # id -> its unfinished sequences
@@ -194,6 +197,11 @@ class Engine:
     def num_waiting(self):
         """Requests that no step has touched yet, or that gave their pages back."""
         return len(self._scheduler.waiting)
+
+    @property
+    def is_reading(self):
+        """Whether a prompt is being read: the next step is more than decodes."""
+        return any(not sequence.is_decoding for sequence in self._scheduler.running)
 
     @property
     def cache_bytes(self):

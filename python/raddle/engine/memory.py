@@ -2,10 +2,12 @@
 
 import os
 
-from .. import empty
+from .. import _core, empty
 from ..errors import ArgumentError, CapacityError
 from .pages import KVCache, KVGroup
 from .weights import ITEM_BYTES
+
+_MAX_ROWS = (1 << 31) - 1  # of one pool: int32 counts them
 
 
 def build_cache(model, max_len, max_batch, max_tokens, page_size, memory_bytes):
@@ -32,7 +34,7 @@ def build_cache(model, max_len, max_batch, max_tokens, page_size, memory_bytes):
     pages, left, layers_left = {}, memory_bytes, config.num_layers
     for window in sorted(groups, reverse=True):  # windowed groups first: they may need less
         share = left // (layers_left * page_bytes)
-        pages[window] = min(share, max_batch * blocks[window])
+        pages[window] = min(share, max_batch * blocks[window], _MAX_ROWS // page_size)
         left -= pages[window] * len(groups[window]) * page_bytes
         layers_left -= len(groups[window])
     least = min(pages.values())
@@ -63,5 +65,7 @@ def build_cache(model, max_len, max_batch, max_tokens, page_size, memory_bytes):
 
 
 def _default_bytes(device):
-    """A quarter of this machine's memory."""
+    """A quarter of this machine's memory, or nine tenths of what a GPU has free."""
+    if device != "cpu":
+        return _core.gpu_info(int(device.partition(":")[2] or 0))["free_bytes"] * 9 // 10
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

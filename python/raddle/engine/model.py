@@ -101,7 +101,7 @@ class Model:
         self._gate_up = buffer(max_tokens, 2 * inner)
         self._act = buffer(max_tokens, inner)
         self._picked = buffer(max_rows, config.hidden_size)
-        self._logits = buffer(max_rows, config.vocab_size, dtype="float32")
+        self.logits = buffer(max_rows, config.vocab_size, dtype="float32")
 
     def forward(self, batch, stream=None):
         """Run one step; returns float32 logits [batch.num_rows, vocab], valid until the next.
@@ -137,7 +137,7 @@ class Model:
             ops.fused_add_rmsnorm(x, residual, norm, eps, stream=stream)
         if batch.rows is not None:  # a gather of rows is what an embedding does
             x = ops.embedding(batch.rows, x, out=self._picked[: batch.num_rows], stream=stream)
-        return self._lm_head(x, out=self._logits[: batch.num_rows], stream=stream)
+        return self._lm_head(x, out=self.logits[: batch.num_rows], stream=stream)
 
     def _load(self, source, progress):
         config = self.config

@@ -2,13 +2,20 @@
 
 Rows of a step are its decodes, one each, then the rows of its chunks. Decodes and chunks have a
 plan each per KV group, made once per step and used by every layer of the group.
+
+On a GPU the index arrays travel in one copy, and a step of decodes alone is a CUDA graph: captured
+once per batch size (1, 2, 4, multiples of 8), launched with the batch padded to that size. A padded
+row is a request without pages; its K and V go nowhere and its logits are dropped.
 """
 
+from .. import empty, tensor
 from ..attention import BatchDecode, BatchPrefill, append_slots
+from ..graph import Graph
 
 
 class Runner:
-    """Runs the Steps of a Scheduler through a Model and a KVCache, on the CPU."""
+    """Runs the Steps of a Scheduler through a Model and a KVCache. It is the `batch` that
+    Model.forward reads: num_tokens, num_rows, ids, positions, rows, attend."""
 
     def __init__(self, model, cache, max_batch, max_tokens):
         import numpy as np
@@ -19,26 +26,29 @@ class Runner:
         for plans in self.plans:
             for layer, kv in zip(plans.group.layers, plans.group.caches):
                 self._place[layer] = (plans, kv)
-        self._ids = np.zeros(max_tokens, np.int32)
-        self._positions = np.zeros(max_tokens, np.int32)
+        self._is_cuda = model.device != "cpu"
+        self._index = np.zeros((2 + len(self.plans)) * max_tokens, np.int32)
         self._slots = np.zeros(max_tokens, np.int64)
-        self.num_rows = 0
+        self._device_index = None
+        if self._is_cuda:
+            self._device_index = empty(self._index.size, dtype="int32", device=model.device)
+        self._graphs = {}  # rows -> Graph
 
     def run(self, step, all_rows=False):
         """Float32 logits, valid until the next call: a row per sample of the step, or with all_rows
         one per token."""
-        import numpy as np
-
-        n = self.num_tokens = step.num_tokens
-        self._fill(step)
-        self.ids, self.positions = self._ids[:n], self._positions[:n]
+        n = step.num_tokens
+        size = graph_size(n) if self._is_cuda and not step.chunks else n
+        self._set_index(step, size)
         for plans in self.plans:
-            plans.plan(step, self._slots[:n], self.positions, self.cache.lengths)
-        self.rows, self.num_rows = None, n
+            plans.plan(step, size - n, self.cache.lengths)
+        self.num_tokens = self.num_rows = size
+        self.rows = None
         if step.chunks and not all_rows:
-            self.rows = np.array([row for _, row in step.samples], np.int32)
-            self.num_rows = len(self.rows)
-        return self.model.forward(self)
+            self._set_rows([row for _, row in step.samples])
+        if not self._is_cuda or step.chunks:
+            return self.model.forward(self)
+        return self._run_graph(size)[:n]
 
     def attend(self, layer, q, k, v, out):
         """What Model.forward asks of its batch."""
@@ -53,27 +63,71 @@ class Runner:
             plans.decode.run(q[:first], kv, out=out[:first])
             plans.prefill.run(q[first:], kv, out=out[first:])
 
-    def _fill(self, step):
-        """Token ids, positions and slots of every row."""
+    def _run_graph(self, size):
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.launch()
+            return self.model.logits[:size]
+        logits = self.model.forward(self)  # the step itself; it compiles what the capture needs
+        with Graph(device=self.model.device) as graph:
+            self.model.forward(self)
+        self._graphs[size] = graph
+        return logits
+
+    def _set_index(self, step, size):
+        """Token ids, positions and cache rows, each `size` numbers: ids, positions, rows per group
+        one behind the other."""
+        used = (2 + len(self.plans)) * size
+        index = self._index[:used].reshape(-1, size)
+        n = self._fill(step, index[0], index[1])
+        index[:2, n:] = 0
+        slots, positions = self._slots[:n], index[1, :n]
+        for plans, rows in zip(self.plans, index[2:]):
+            rows[:n] = plans.group.rows(slots, positions)
+            rows[n:] = -1
+        if self._is_cuda:
+            device = self._device_index[:used]
+            device.copy_(self._index[:used])
+            index = [device[i * size : (i + 1) * size] for i in range(len(index))]
+        self.ids, self.positions = index[0], index[1]
+        for plans, rows in zip(self.plans, index[2:]):
+            plans.rows = rows
+
+    def _fill(self, step, ids, positions):
+        """Returns the number of rows; also sets the slot of each."""
         import numpy as np
 
         n = len(step.decodes)
-        self._ids[:n] = [sequence.tokens[-1] for sequence in step.decodes]
-        self._positions[:n] = self.cache.lengths[step.decode_slots]
+        ids[:n] = [sequence.tokens[-1] for sequence in step.decodes]
+        positions[:n] = self.cache.lengths[step.decode_slots]
         self._slots[:n] = step.decode_slots
         for sequence, count in step.chunks:
             begin, end = sequence.computed, sequence.computed + count
-            self._ids[n : n + count] = sequence.tokens[begin:end]
-            self._positions[n : n + count] = np.arange(begin, end, dtype=np.int32)
+            ids[n : n + count] = sequence.tokens[begin:end]
+            positions[n : n + count] = np.arange(begin, end, dtype=np.int32)
             self._slots[n : n + count] = sequence.slot
             n += count
+        return n
+
+    def _set_rows(self, rows):
+        import numpy as np
+
+        self.rows, self.num_rows = np.array(rows, np.int32), len(rows)
+        if self._is_cuda:
+            self.rows = tensor(self.rows, device=self.model.device)
+
+
+def graph_size(n):
+    """The batch size that n decodes are padded to."""
+    return next((size for size in (1, 2, 4) if n <= size), -(-n // 8) * 8)
 
 
 class GroupPlans:
-    """The attention plans of one KV group, and where a step's K and V go in it."""
+    """The attention plans of one KV group, and where a step's K and V go in it (`rows`)."""
 
     def __init__(self, model, group, max_batch, max_tokens):
         self.group = group
+        max_batch = graph_size(max_batch)
         shared = dict(
             num_qo_heads=model.num_qo_heads,
             num_kv_heads=model.num_kv_heads,
@@ -90,21 +144,21 @@ class GroupPlans:
         self.num_decodes = 0
         self.rows = None
 
-    def plan(self, step, slots, positions, lengths):
-        """slots and positions: of every row of the step; lengths: tokens written, by slot."""
+    def plan(self, step, num_padded, lengths):
+        """num_padded: decodes without pages behind the step's own. lengths: tokens written, by
+        slot."""
         import numpy as np
 
-        self.rows = self.group.rows(slots, positions)
-        self.num_decodes = len(step.decodes)
+        self.num_decodes = len(step.decodes) + num_padded
         if step.decodes:
-            self.decode.plan(*self._table(step.decode_slots, lengths[step.decode_slots] + 1))
+            slots = step.decode_slots
+            self.decode.plan(*self._table(slots, lengths[slots] + 1, num_padded))
         if step.chunks:
             slots = np.array([sequence.slot for sequence, _ in step.chunks])
             counts = np.array([count for _, count in step.chunks], np.int32)
-            table = self._table(slots, lengths[slots] + counts)
-            self.prefill.plan(_indptr(counts), *table)
+            self.prefill.plan(_indptr(counts), *self._table(slots, lengths[slots] + counts))
 
-    def _table(self, slots, lengths):
+    def _table(self, slots, lengths, num_padded=0):
         """(indptr, indices, last_page_len) of slots that hold so many tokens each."""
         import numpy as np
 
@@ -113,6 +167,9 @@ class GroupPlans:
         width = int(held.max())
         indices = group.table[slots, :width][np.arange(width) < held[:, None]]
         last = lengths - (group.dropped[slots] + held - 1) * group.page_size
+        if num_padded:
+            padding = np.zeros(num_padded, np.int32)
+            held, last = np.concatenate([held, padding]), np.concatenate([last, padding])
         return _indptr(held), indices, last
 
 

@@ -188,13 +188,20 @@ def draw_logprobs(logits, ids, wanted):
     rows = np.array(list(tops), np.int32)
     picked = np.array(ids, np.int32)[rows]
     if len(rows) < len(ids):
-        logits = ops.embedding(rows, logits)  # a gather of rows
-    parts = ops.token_logprobs(logits, picked, top=max(tops.values()))
+        logits = ops.embedding(_beside(logits, rows), logits)  # a gather of rows
+    parts = ops.token_logprobs(logits, _beside(logits, picked), top=max(tops.values()))
     own, top_ids, top_logprobs = (to_host(part).tolist() for part in parts)
     return {
         row: TokenLogprob(int(picked[i]), own[i], list(zip(top_ids[i], top_logprobs[i]))[:top])
         for i, (row, top) in enumerate(tops.items())
     }
+
+
+def _beside(logits, array):
+    """An array where logits are."""
+    from .. import tensor
+
+    return array if logits.device == "cpu" else tensor(array, device=logits.device)
 
 
 def to_host(tensor):
