@@ -8,10 +8,9 @@
 #include "ops/ops.h"
 
 static const int32_t row_threads[RADDLE_OPS_NUM_ROW_THREADS] = {32, 128, 256, 512};
-static const raddle_dtype dtypes[] = {RADDLE_BF16, RADDLE_F16, RADDLE_F32};
 
 enum {
-    NUM_DTYPES = sizeof(dtypes) / sizeof(dtypes[0]),
+    NUM_DTYPES = 3,
     VECTORS_KEPT = 2 /* ITEMS of ops_rmsnorm.cu */
 };
 

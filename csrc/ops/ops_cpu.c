@@ -212,12 +212,14 @@ typedef struct act_job {
 
 static void act_row(const act_job *job, const void *x, void *out) {
     const raddle_ops_act_params *p = job->params;
+    void (*const act_and_mul)(float *, const float *, int) =
+        raddle_ops_cpu_loops_get()->act_and_mul[p->activation];
     float gate[BLOCK], up[BLOCK];
     for (int64_t d = 0; d < p->width; d += BLOCK) {
         const int count = block_length(d, p->width);
         job->vec->load[p->dtype](gate, at(x, d, job->element_bytes), count);
         job->vec->load[p->dtype](up, at(x, p->width + d, job->element_bytes), count);
-        raddle_ops_cpu_act_and_mul_block(gate, up, count, p->activation);
+        act_and_mul(gate, up, count);
         job->vec->store[p->dtype](at(out, d, job->element_bytes), gate, count);
     }
 }

@@ -4,13 +4,28 @@
 
 #include "ops/ops_backend.h"
 
-/* ops_cpu_math.c: loops over float32 in the cache, vectorised for the CPU at hand. */
-/* gate[i] = activation(gate[i]) * up[i]. */
-void raddle_ops_cpu_act_and_mul_block(float *gate, const float *up, int count, int32_t activation);
-/* x[i] = e^((x[i] - max) * factor); returns the sum. */
-double raddle_ops_cpu_exp_sum(float *x, int64_t count, float max, float factor);
-/* The largest of x; *out_has_nan tells whether one was NaN (then the result means nothing). */
-float raddle_ops_cpu_row_max(const float *x, int64_t count, bool *out_has_nan);
+/* Loops over float32 in the cache, one table per instruction set. */
+typedef struct raddle_ops_cpu_loops {
+    /* gate[i] = activation(gate[i]) * up[i]. */
+    void (*act_and_mul[RADDLE_OPS_NUM_ACTIVATIONS])(float *gate, const float *up, int count);
+    /* x[i] = e^((x[i] - max) * factor), 1 for the maximum; returns the sum. */
+    double (*exp_sum)(float *x, int64_t count, float max, float factor);
+    /* The largest; *out_has_nan tells whether one was NaN (then the result means nothing). */
+    float (*row_max)(const float *x, int64_t count, bool *out_has_nan);
+    /* out[i] = raddle_ops_weight(x[i], max, factor). */
+    void (*weights)(int64_t *out, const float *x, int64_t count, float max, float factor);
+    /* Sum of weight[i] where x[i] >= least. */
+    int64_t (*sum_weights)(const int64_t *weight, const float *x, int64_t count, float least);
+} raddle_ops_cpu_loops;
+
+extern const raddle_ops_cpu_loops raddle_ops_cpu_loops_generic;
+#if defined(__x86_64__)
+extern const raddle_ops_cpu_loops raddle_ops_cpu_loops_avx2;
+extern const raddle_ops_cpu_loops raddle_ops_cpu_loops_avx512;
+#endif
+
+/* The table for isa.h's choice; never NULL. */
+const raddle_ops_cpu_loops *raddle_ops_cpu_loops_get(void);
 
 /* ops_cpu_sample.c */
 raddle_status raddle_ops_cpu_softmax(int32_t device, const raddle_ops_softmax_params *params,

@@ -25,13 +25,15 @@ enum { ROW_OK = 0, ROW_NAN, ROW_EMPTY, ROW_ID };
 
 /* One worker's buffers. */
 typedef struct scratch {
-    float *row;    /* [vocab] */
-    int64_t *sums; /* [vocab / SKIP + 1] */
-    int64_t *bins; /* [BINS] */
+    float *row;       /* [vocab] */
+    int64_t *weights; /* [vocab] */
+    int64_t *sums;    /* [vocab / SKIP + 1] */
+    int64_t *bins;    /* [BINS] */
 } scratch;
 
 typedef struct rows_job {
     const raddle_vec *vec;
+    const raddle_ops_cpu_loops *loops;
     int64_t vocab;
     char *scratch_data;
     size_t scratch_bytes; /* of one worker */
@@ -53,6 +55,8 @@ static scratch worker_scratch(const rows_job *job, int worker) {
     s.sums = (int64_t *)(void *)data;
     data += align_up((size_t)(job->vocab / SKIP + 1) * sizeof(int64_t));
     s.bins = (int64_t *)(void *)data;
+    data += BINS * sizeof(int64_t);
+    s.weights = (int64_t *)(void *)data; /* the last part: only sampling has it */
     return s;
 }
 
@@ -70,7 +74,7 @@ static bool open_row(rows_job *job, const scratch *s, const void *logits, raddle
     bool has_nan;
     const char *data = (const char *)logits + i * stride * (int64_t)raddle_dtype_bytes(dtype);
     job->vec->load[dtype](s->row, data, job->vocab);
-    *out_max = raddle_ops_cpu_row_max(s->row, job->vocab, &has_nan);
+    *out_max = job->loops->row_max(s->row, job->vocab, &has_nan);
     if (has_nan || *out_max == -INFINITY) {
         report_bad_row(job, i, has_nan ? ROW_NAN : ROW_EMPTY);
         return false;
@@ -81,10 +85,14 @@ static bool open_row(rows_job *job, const scratch *s, const void *logits, raddle
 /* Runs body over rows with one scratch per worker, and tells the first bad row. */
 static raddle_status run_rows(rows_job *job, raddle_loop_body body, int64_t rows) {
     job->vec = raddle_vec_get();
+    job->loops = raddle_ops_cpu_loops_get();
     job->bad_row = INT64_MAX;
     job->scratch_bytes = align_up((size_t)job->vocab * sizeof(float)) +
                          align_up((size_t)(job->vocab / SKIP + 1) * sizeof(int64_t)) +
                          BINS * sizeof(int64_t);
+    if (job->sample) {
+        job->scratch_bytes += align_up((size_t)job->vocab * sizeof(int64_t));
+    }
     const size_t bytes = job->scratch_bytes * (size_t)raddle_threads_count();
     job->scratch_data = raddle_alloc_aligned(bytes, 64);
     if (!job->scratch_data) {
@@ -119,7 +127,7 @@ static void softmax_rows(void *context, int64_t begin, int64_t end, int worker) 
         if (!open_row(job, &s, p->logits, (raddle_dtype)p->dtype, p->logits_stride_row, i, &max)) {
             continue;
         }
-        const double sum = raddle_ops_cpu_exp_sum(s.row, p->vocab, max, p->inv_temperature);
+        const double sum = job->loops->exp_sum(s.row, p->vocab, max, p->inv_temperature);
         job->vec->scale(s.row, p->vocab, (float)(1.0 / sum));
         memcpy(p->out + i * p->out_stride_row, s.row, (size_t)p->vocab * sizeof(float));
     }
@@ -135,17 +143,20 @@ raddle_status raddle_ops_cpu_softmax(int32_t device, const raddle_ops_softmax_pa
 
 /* ---------------------------------------------------------------- sample */
 
-/* A row in work: the tokens with a key of at least least_key are those that may be drawn. */
+/* A row in work: the tokens with a logit of at least least are those that may be drawn. */
 typedef struct sampler {
-    const float *row;
+    const raddle_ops_cpu_loops *loops;
+    const scratch *buffers;
     int64_t vocab;
-    float max, factor;
-    uint32_t least_key;
-    int64_t *bins;
+    float least;
 } sampler;
 
-/* The bin, from the top, in which the sum of bins reaches need; what is missing at its lower edge
- * is left in *need. The bins reach it. */
+static float value_of_key(uint32_t key) {
+    return raddle_ops_bits_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+/* The bin, from the top, in which the sum of bins reaches need; what is missing at its lower edge is
+ * left in *need. The bins reach it. */
 static int find_bin(const int64_t *bins, int64_t *need) {
     for (int bin = BINS - 1; bin > 0; bin--) {
         if (bins[bin] >= *need) {
@@ -156,66 +167,64 @@ static int find_bin(const int64_t *bins, int64_t *need) {
     return 0;
 }
 
-/* Adds up, by digit, the tokens whose key starts with prefix and may be drawn: each counts 1, or
- * its weight. */
+/* Adds up, by digit, the tokens whose key starts with prefix and may be drawn: each counts 1, or its
+ * weight. */
 static int64_t fill_bins(const sampler *s, bool by_weight, uint32_t prefix, uint32_t prefix_mask,
                          int shift) {
+    const float *row = s->buffers->row;
+    int64_t *bins = s->buffers->bins;
     int64_t total = 0;
-    memset(s->bins, 0, BINS * sizeof(int64_t));
+    memset(bins, 0, BINS * sizeof(int64_t));
     for (int64_t i = 0; i < s->vocab; i++) {
-        const uint32_t key = raddle_ops_key(s->row[i]);
-        if ((key & prefix_mask) == prefix && key >= s->least_key) {
-            const int64_t amount = by_weight ? raddle_ops_weight(s->row[i], s->max, s->factor) : 1;
-            s->bins[key >> shift & (BINS - 1)] += amount;
+        const uint32_t key = raddle_ops_key(row[i]);
+        if ((key & prefix_mask) == prefix && row[i] >= s->least) {
+            const int64_t amount = by_weight ? s->buffers->weights[i] : 1;
+            bins[key >> shift & (BINS - 1)] += amount;
             total += amount;
         }
     }
     return total;
 }
 
-/* Raises least_key to the largest key such that the tokens at or above it are at least top_k many,
- * or weigh at least top_p of all that may be drawn. */
+/* Raises least to the largest logit such that the tokens at or above it are at least top_k many, or
+ * weigh at least top_p of all that may be drawn. */
 static void keep_largest(sampler *s, int64_t top_k, float top_p) {
     const bool by_weight = top_k == 0;
+    const int64_t *bins = s->buffers->bins;
     const int64_t total = fill_bins(s, by_weight, 0, 0, 21);
     int64_t need = by_weight ? raddle_ops_top_p_mass(top_p, total) : top_k;
     if (need > total) {
         return; /* fewer than top_k are left */
     }
-    uint32_t prefix = (uint32_t)find_bin(s->bins, &need) << 21;
-    fill_bins(s, by_weight, prefix, 0xffffffffu << 21, 10);
-    prefix |= (uint32_t)find_bin(s->bins, &need) << 10;
-    fill_bins(s, by_weight, prefix, 0xffffffffu << 10, 0);
+    uint32_t key = (uint32_t)find_bin(bins, &need) << 21;
+    fill_bins(s, by_weight, key, 0xffffffffu << 21, 10);
+    key |= (uint32_t)find_bin(bins, &need) << 10;
+    fill_bins(s, by_weight, key, 0xffffffffu << 10, 0);
     /* The last digit has 10 bits, and the bin index 11: the one above is that of the prefix. */
-    const uint32_t low = (uint32_t)find_bin(s->bins, &need) & 1023;
-    s->least_key = prefix | low;
+    key |= (uint32_t)find_bin(bins, &need) & 1023;
+    s->least = value_of_key(key);
 }
 
 static void keep_min_p(sampler *s, float min_p) {
-    const int64_t least = raddle_ops_min_weight(min_p);
-    uint32_t least_key = UINT32_MAX;
+    const int64_t least_weight = raddle_ops_min_weight(min_p);
+    float least = INFINITY;
     for (int64_t i = 0; i < s->vocab; i++) {
-        const uint32_t key = raddle_ops_key(s->row[i]);
-        if (key < least_key && raddle_ops_weight(s->row[i], s->max, s->factor) >= least) {
-            least_key = key;
-        }
+        const float x = s->buffers->row[i];
+        least = x < least && s->buffers->weights[i] >= least_weight ? x : least;
     }
-    s->least_key = least_key;
+    s->least = least;
 }
 
 /* The first token at which the running sum of weights passes a uniform draw below the total. */
-static int32_t draw(const sampler *s, int64_t *sums, uint64_t random) {
+static int32_t draw(const sampler *s, uint64_t random) {
+    const float *row = s->buffers->row;
+    const int64_t *weights = s->buffers->weights;
+    int64_t *sums = s->buffers->sums;
     int64_t total = 0;
     for (int64_t begin = 0; begin < s->vocab; begin += SKIP) {
-        const int64_t end = begin + SKIP < s->vocab ? begin + SKIP : s->vocab;
-        int64_t sum = 0;
-        for (int64_t i = begin; i < end; i++) {
-            if (raddle_ops_key(s->row[i]) >= s->least_key) {
-                sum += raddle_ops_weight(s->row[i], s->max, s->factor);
-            }
-        }
-        sums[begin / SKIP] = sum;
-        total += sum;
+        const int64_t count = s->vocab - begin < SKIP ? s->vocab - begin : SKIP;
+        sums[begin / SKIP] = s->loops->sum_weights(weights + begin, row + begin, count, s->least);
+        total += sums[begin / SKIP];
     }
     int64_t left = raddle_ops_random_below(random, total);
     int64_t i = 0;
@@ -224,11 +233,9 @@ static int32_t draw(const sampler *s, int64_t *sums, uint64_t random) {
         i += SKIP;
     }
     for (;; i++) {
-        if (raddle_ops_key(s->row[i]) >= s->least_key) {
-            left -= raddle_ops_weight(s->row[i], s->max, s->factor);
-            if (left < 0) {
-                return (int32_t)i;
-            }
+        left -= row[i] >= s->least ? weights[i] : 0;
+        if (left < 0) {
+            return (int32_t)i;
         }
     }
 }
@@ -241,28 +248,24 @@ static int32_t first_maximum(const float *row, float max) {
     return i;
 }
 
-static int32_t sample_row(const scratch *buffers, int64_t vocab, float max,
+static int32_t sample_row(const rows_job *job, const scratch *buffers, float max,
                           const raddle_ops_sample_row *settings) {
     if (settings->temperature == 0) {
         return first_maximum(buffers->row, max);
     }
-    sampler s = {
-        .row = buffers->row,
-        .vocab = vocab,
-        .max = max,
-        .factor = raddle_ops_weight_factor(settings->temperature),
-        .bins = buffers->bins,
-    };
+    sampler s = {.loops = job->loops, .buffers = buffers, .vocab = job->vocab, .least = -INFINITY};
+    job->loops->weights(buffers->weights, buffers->row, job->vocab, max,
+                        raddle_ops_weight_factor(settings->temperature));
     if (settings->min_p > 0) {
         keep_min_p(&s, settings->min_p);
     }
-    if (settings->top_k > 0 && settings->top_k < vocab) {
+    if (settings->top_k > 0 && settings->top_k < job->vocab) {
         keep_largest(&s, settings->top_k, 0);
     }
     if (settings->top_p < 1) {
         keep_largest(&s, 0, settings->top_p);
     }
-    return draw(&s, buffers->sums, raddle_ops_random(settings->seed, settings->offset));
+    return draw(&s, raddle_ops_random(settings->seed, settings->offset));
 }
 
 static void sample_rows(void *context, int64_t begin, int64_t end, int worker) {
@@ -273,7 +276,7 @@ static void sample_rows(void *context, int64_t begin, int64_t end, int worker) {
         float max;
         if (open_row(job, &s, p->logits, p->dtype, p->logits_stride_row, i, &max)) {
             p->out[i * p->out_stride] =
-                sample_row(&s, p->vocab, max, &p->settings[i * p->settings_step]);
+                sample_row(job, &s, max, &p->settings[i * p->settings_step]);
         }
     }
 }
@@ -330,7 +333,7 @@ static void logprobs_rows(void *context, int64_t begin, int64_t end, int worker)
         for (int32_t t = 0; t < p->top; t++) {
             top_logprobs[t] = s.row[top_ids[t]];
         }
-        const double log_sum = log(raddle_ops_cpu_exp_sum(s.row, p->vocab, max, 1.0f));
+        const double log_sum = log(job->loops->exp_sum(s.row, p->vocab, max, 1.0f));
         for (int32_t t = 0; t < p->top; t++) {
             top_logprobs[t] = (float)((double)top_logprobs[t] - (double)max - log_sum);
         }
