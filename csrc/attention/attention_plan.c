@@ -140,22 +140,15 @@ raddle_status raddle_attention_plan_create(const raddle_attention_spec *spec,
 static raddle_status send_slot(raddle_attention_plan *plan, const raddle_attention_reading *reading,
                                const block_view *slot, const char *slot_data,
                                raddle_stream stream) {
-    const raddle_backend *backend = plan->base.backend;
-    const int32_t device = plan->base.device.index;
-    const size_t page_bytes = (size_t)reading->num_pages * sizeof(int32_t);
     const char *segments_end =
         (const char *)(slot->schedule.segments + slot->schedule.header->num_segments);
     const raddle_range ranges[2] = {
-        {0, (size_t)(segments_end - slot_data)},
-        {plan->pages_offset, reading->device_pages == NULL ? page_bytes : 0},
+        {.offset = 0, .bytes = (size_t)(segments_end - slot_data)},
+        {.offset = plan->pages_offset,
+         .bytes = (size_t)reading->num_pages * sizeof(int32_t),
+         .device_source = reading->device_pages},
     };
-    RADDLE_TRY(raddle_staging_commit(&plan->staging, ranges, 2, stream));
-    if (reading->device_pages != NULL && page_bytes > 0) {
-        RADDLE_TRY(backend->copy(device, (char *)plan->staging.data + plan->pages_offset,
-                                 reading->device_pages, page_bytes, RADDLE_COPY_ON_DEVICE, stream));
-        RADDLE_TRY(backend->event_record(device, plan->staging.ready, stream));
-    }
-    return RADDLE_OK;
+    return raddle_staging_commit(&plan->staging, ranges, 2, stream);
 }
 
 static raddle_status update_plan(raddle_attention_plan *plan, const raddle_attention_batch *batch,

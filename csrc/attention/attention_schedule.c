@@ -17,13 +17,18 @@
 
 #include <assert.h>
 
-enum { LOAD_PROBES = 4 };
+enum { LOAD_PROBES = 2 };
 
 void raddle_attention_visible(const raddle_attention_request *request, int32_t group_size,
                               bool causal, int32_t window_left, int32_t row_begin, int32_t row_end,
                               int32_t *out_begin, int32_t *out_end) {
-    /* Key j is seen by query token i iff j <= kv_len - qo_len + i (causal) and j >= kv_len - qo_len
-     * + i - window. */
+    if (!causal && window_left < 0) {
+        *out_begin = 0;
+        *out_end = request->kv_len;
+        return;
+    }
+    /* Query token i sees key j iff j <= kv_len - qo_len + i (causal) and no further back than the
+     * window. */
     const int64_t diagonal = (int64_t)request->kv_len - request->qo_len;
     const int64_t first = diagonal + row_begin / group_size;
     const int64_t last = diagonal + (row_end - 1) / group_size;
@@ -147,6 +152,7 @@ typedef struct walk {
     int64_t load;
     int32_t worker; /* being filled */
     int64_t used;   /* load it has */
+    int64_t left;   /* cost of what no worker has yet, if nothing more is cut */
     int32_t num_segments, num_merges, num_slots;
 } walk;
 
@@ -181,6 +187,7 @@ static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_e
 static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end, bool is_cut) {
     const int32_t chunk = w->spec->fixed_chunk;
     w->used += (int64_t)(kv_end - kv_begin) + w->config->segment_cost;
+    w->left -= kv_end - kv_begin;
     if (!is_cut || chunk == 0) {
         emit_segment(w, it, kv_begin, kv_end, is_cut);
         return;
@@ -226,7 +233,6 @@ static int32_t cut_position(const walk *w, int32_t kv_begin, int32_t kv_end) {
 static bool fill_workers(walk *w, const raddle_attention_request *requests, int32_t batch) {
     item_cursor cursor = {
         .spec = w->spec, .config = w->config, .requests = requests, .batch = batch};
-    const int32_t last_worker = w->config->num_workers - 1;
     item it;
     while (next_item(&cursor, &it)) {
         const int32_t first_slot = w->num_slots;
@@ -238,6 +244,7 @@ static bool fill_workers(walk *w, const raddle_attention_request *requests, int3
             const int32_t end = fits ? it.kv_end : cut_position(w, kv_begin, it.kv_end);
             if (end == it.kv_end && (fits || end > kv_begin)) {
                 emit_piece(w, &it, kv_begin, end, is_cut);
+                w->left -= w->config->segment_cost;
                 break;
             }
             if (end > kv_begin) {
@@ -245,10 +252,10 @@ static bool fill_workers(walk *w, const raddle_attention_request *requests, int3
                 emit_piece(w, &it, kv_begin, end, true);
                 kv_begin = end;
             }
-            if (w->worker == last_worker) {
+            close_worker(w);
+            if (w->left > w->load * (w->config->num_workers - w->worker)) {
                 return false;
             }
-            close_worker(w);
         }
         if (is_cut) {
             finish_cut_item(w, &it, first_slot);
@@ -260,7 +267,7 @@ static bool fill_workers(walk *w, const raddle_attention_request *requests, int3
 /* ------------------------------------------------------------------ the load to aim at */
 
 typedef struct totals {
-    int64_t items, tokens, longest;
+    int64_t items, tokens;
 } totals;
 
 static totals sum_items(const raddle_attention_spec *spec, const raddle_attention_config *config,
@@ -269,17 +276,24 @@ static totals sum_items(const raddle_attention_spec *spec, const raddle_attentio
     totals sum = {0};
     item it;
     while (next_item(&cursor, &it)) {
-        const int64_t tokens = it.kv_end - it.kv_begin;
         sum.items++;
-        sum.tokens += tokens;
-        sum.longest = tokens > sum.longest ? tokens : sum.longest;
+        sum.tokens += it.kv_end - it.kv_begin;
     }
     return sum;
 }
 
 static walk start_walk(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                       const raddle_attention_limits *limits, int64_t load) {
-    return (walk){.spec = spec, .config = config, .limits = limits, .load = load};
+                       const raddle_attention_limits *limits, totals sum, int64_t load) {
+    const int64_t left = sum.tokens + sum.items * config->segment_cost;
+    return (walk){.spec = spec, .config = config, .limits = limits, .load = load, .left = left};
+}
+
+static bool loads_fit(const raddle_attention_spec *spec, const raddle_attention_config *config,
+                      const raddle_attention_limits *limits,
+                      const raddle_attention_request *requests, int32_t batch, totals sum,
+                      int64_t load) {
+    walk w = start_walk(spec, config, limits, sum, load);
+    return fill_workers(&w, requests, batch);
 }
 
 /* The least of a few loads at which all items fit on the workers. */
@@ -297,20 +311,27 @@ static int64_t choose_load(const raddle_attention_spec *spec, const raddle_atten
     const int64_t low = ceil_div(sum.tokens + price * sum.items, workers);
     const int64_t high =
         ceil_div(sum.tokens + price * (sum.items + workers - 1), workers) + price + grain;
-    for (int probe = 0; probe < LOAD_PROBES; probe++) {
-        const int64_t load = low + (high - low) * probe / LOAD_PROBES;
-        walk w = start_walk(spec, config, limits, load);
-        if (fill_workers(&w, requests, batch)) {
-            return load;
-        }
+    if (loads_fit(spec, config, limits, requests, batch, sum, low)) {
+        return low;
+    }
+    int64_t fits = high, misses = low;
+    bool is_known = false;
+    for (int probe = 0; probe < LOAD_PROBES && fits - misses > grain; probe++) {
+        const int64_t load = misses + (fits - misses) / 2;
+        const bool is_fit = loads_fit(spec, config, limits, requests, batch, sum, load);
+        fits = is_fit ? load : fits;
+        misses = is_fit ? misses : load;
+        is_known = is_known || is_fit;
+    }
+    if (is_known || loads_fit(spec, config, limits, requests, batch, sum, fits)) {
+        return fits;
     }
     /* Indivisible pieces (whole chunks, mostly) can break the bracket: widen until it holds. */
-    for (int64_t load = high;; load += load / 8 + 1) {
-        walk w = start_walk(spec, config, limits, load);
-        if (fill_workers(&w, requests, batch)) {
-            return load;
-        }
-    }
+    int64_t load = high;
+    do {
+        load += load / 8 + 1;
+    } while (!loads_fit(spec, config, limits, requests, batch, sum, load));
+    return load;
 }
 
 raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
@@ -319,7 +340,7 @@ raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
                                               raddle_attention_schedule *schedule) {
     const totals sum = sum_items(spec, config, schedule->requests, batch);
     const int64_t load = choose_load(spec, config, limits, schedule->requests, batch, sum);
-    walk w = start_walk(spec, config, limits, load);
+    walk w = start_walk(spec, config, limits, sum, load);
     w.out = schedule;
     schedule->worker_indptr[0] = 0;
     const bool fits = fill_workers(&w, schedule->requests, batch);

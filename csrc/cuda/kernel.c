@@ -210,12 +210,14 @@ static raddle_status add_entry(const raddle_cuda_device *device, const char *nam
     }
     entry->device = device->index;
     entry->key = key;
-    entry->dynamic_shared_limit = DEFAULT_SHARED_BYTES;
     raddle_status status = load_kernel(device, name, image, entry);
     if (status != RADDLE_OK) {
         raddle_free(entry);
         return status;
     }
+    /* What a launch may ask for unasked covers both kinds together. */
+    entry->dynamic_shared_limit =
+        DEFAULT_SHARED_BYTES - (unsigned)entry->kernel.static_shared_bytes;
     kernels[num_kernels++] = entry;
     *out_entry = entry;
     return RADDLE_OK;

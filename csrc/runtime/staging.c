@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+enum { GAP_BYTES = 32 * 1024 }; /* of which a copy takes less time than a second call */
+
 raddle_status raddle_staging_init(raddle_staging *staging, raddle_device device, size_t bytes) {
     raddle_status status = RADDLE_OK;
     memset(staging, 0, sizeof *staging);
@@ -21,7 +23,6 @@ raddle_status raddle_staging_init(raddle_staging *staging, raddle_device device,
             goto out;
         }
     }
-    status = staging->backend->event_create(device.index, &staging->ready);
 out:
     if (status != RADDLE_OK) {
         raddle_staging_fini(staging);
@@ -41,7 +42,6 @@ void raddle_staging_fini(raddle_staging *staging) {
         staging->backend->event_destroy(staging->device, staging->events[i]);
         staging->backend->free_host(staging->device, staging->slots[i]);
     }
-    staging->backend->event_destroy(staging->device, staging->ready);
     staging->backend->free(staging->device, staging->data);
     memset(staging, 0, sizeof *staging);
 }
@@ -52,22 +52,44 @@ raddle_status raddle_staging_acquire(raddle_staging *staging, void **out_slot) {
     return RADDLE_OK;
 }
 
-raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
-                                    int num_ranges, raddle_stream stream) {
-    const raddle_backend *backend = staging->backend;
-    const int slot = staging->next;
-    /* Once a copy is queued the slot counts as in flight, even if a later step fails. */
-    staging->next = (slot + 1) % RADDLE_STAGING_SLOTS;
-    staging->stream = stream;
+static raddle_status copy_range(const raddle_staging *staging, size_t offset, size_t bytes,
+                                const void *device_source, raddle_stream stream) {
+    const char *slot = staging->slots[staging->last];
+    return staging->backend->copy(
+        staging->device, (char *)staging->data + offset,
+        device_source == NULL ? slot + offset : device_source, bytes,
+        device_source == NULL ? RADDLE_COPY_TO_DEVICE : RADDLE_COPY_ON_DEVICE, stream);
+}
+
+static raddle_status copy_ranges(const raddle_staging *staging, const raddle_range *ranges,
+                                 int num_ranges, raddle_stream stream) {
     for (int i = 0; i < num_ranges; i++) {
-        if (ranges[i].bytes > 0) {
-            RADDLE_TRY(backend->copy(staging->device, (char *)staging->data + ranges[i].offset,
-                                     (const char *)staging->slots[slot] + ranges[i].offset,
-                                     ranges[i].bytes, RADDLE_COPY_TO_DEVICE, stream));
+        size_t end = ranges[i].offset + ranges[i].bytes;
+        int first = i;
+        while (ranges[first].device_source == NULL && i + 1 < num_ranges &&
+               ranges[i + 1].device_source == NULL && ranges[i + 1].bytes > 0 &&
+               ranges[i + 1].offset - end <= GAP_BYTES) {
+            i++;
+            end = ranges[i].offset + ranges[i].bytes;
+        }
+        if (end > ranges[first].offset) {
+            RADDLE_TRY(copy_range(staging, ranges[first].offset, end - ranges[first].offset,
+                                  ranges[first].device_source, stream));
         }
     }
-    RADDLE_TRY(backend->event_record(staging->device, staging->events[slot], stream));
-    return backend->event_record(staging->device, staging->ready, stream);
+    return RADDLE_OK;
+}
+
+raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
+                                    int num_ranges, raddle_stream stream) {
+    /* A copy that was queued before another failed is in flight all the same: the slot moves on. */
+    staging->last = staging->next;
+    staging->next = (staging->next + 1) % RADDLE_STAGING_SLOTS;
+    staging->stream = stream;
+    const raddle_status copied = copy_ranges(staging, ranges, num_ranges, stream);
+    const raddle_status recorded = staging->backend->event_record(
+        staging->device, staging->events[staging->last], stream);
+    return copied != RADDLE_OK ? copied : recorded;
 }
 
 raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream) {
@@ -78,5 +100,6 @@ raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream)
     bool capturing = false;
     RADDLE_TRY(staging->backend->is_capturing(staging->device, stream, &capturing));
     return capturing ? RADDLE_OK
-                     : staging->backend->stream_wait_event(staging->device, stream, staging->ready);
+                     : staging->backend->stream_wait_event(staging->device, stream,
+                                                           staging->events[staging->last]);
 }

@@ -19,11 +19,9 @@ typedef struct raddle_staging {
     size_t bytes;
     void *data; /* device block, fixed for life */
     void *slots[RADDLE_STAGING_SLOTS];
-    raddle_event *events[RADDLE_STAGING_SLOTS];
-    raddle_event
-        *ready; /* recorded behind the last commit: what run() on another stream waits for */
-    raddle_stream stream; /* of the last commit */
-    int next;
+    raddle_event *events[RADDLE_STAGING_SLOTS]; /* recorded behind the commit of each slot */
+    raddle_stream stream;                       /* of the last commit */
+    int next, last;
 } raddle_staging;
 
 raddle_status raddle_staging_init(raddle_staging *staging, raddle_device device, size_t bytes);
@@ -31,11 +29,14 @@ void raddle_staging_fini(raddle_staging *staging);
 /* A slot of staging->bytes to write; nothing is sent until commit. Acquiring again without commit
  * gives it again. */
 raddle_status raddle_staging_acquire(raddle_staging *staging, void **out_slot);
-/* Copies the ranges of the acquired slot that were written to the same places behind staging->data,
- * on stream. */
+/* A part of the block: what was written into the slot, or device memory that is copied there. */
 typedef struct raddle_range {
     size_t offset, bytes;
+    const void *device_source; /* NULL: the slot */
 } raddle_range;
+
+/* Copies the ranges, in rising order of offset, to staging->data on stream. Neighbours with a small
+ * gap go in one copy, gap included: nothing else may lie there. */
 raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
                                     int num_ranges, raddle_stream stream);
 /* Makes stream wait for the last commit when that was on another stream. */

@@ -57,7 +57,7 @@ static raddle_status send_number(raddle_plan *plan, int number, raddle_stream st
     RADDLE_TRY(raddle_plan_ensure_workspace(plan));
     RADDLE_TRY(raddle_staging_acquire(&toy->staging, &slot));
     memcpy(slot, &number, sizeof number);
-    const raddle_range all = {0, sizeof number};
+    const raddle_range all = {0, sizeof number, NULL};
     RADDLE_TRY(raddle_staging_commit(&toy->staging, &all, 1, stream));
     plan->state = RADDLE_PLAN_PLANNED;
     plan->generation++;
