@@ -108,7 +108,11 @@ def bench_cuda(report, args, ceiling):
         config["num_hidden_layers"] = 4
     batches = (1, 16, 64)
     engine = Engine.with_dummy_weights(
-        config, device="cuda", max_batch=64, max_model_len=CONTEXT + 256
+        config,
+        device="cuda",
+        max_batch=64,
+        max_model_len=CONTEXT + 256,
+        kv_memory_bytes=20 << 30,  # leaves room for the peer
     )
     weight_bytes, token_bytes = count_bytes(config)
     peers = {} if args.quick else transformers_steps(config, batches)
