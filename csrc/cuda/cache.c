@@ -284,19 +284,19 @@ static bool write_all(int file, const void *data, size_t bytes) {
     return true;
 }
 
-static raddle_status write_file(const char *path, const cache_header *header, const void *payload,
-                                size_t bytes) {
+static raddle_status write_file(const char *folder, const char *path, const cache_header *header,
+                                const void *payload, size_t bytes) {
     const int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (file < 0) {
-        return fail_io("cannot make", path);
+        return fail_io("cannot write in", folder);
     }
     raddle_status status = RADDLE_OK;
     if (!write_all(file, header, sizeof *header) || !write_all(file, payload, bytes) ||
         fsync(file) != 0) {
-        status = fail_io("cannot write", path);
+        status = fail_io("cannot write in", folder);
     }
     if (close(file) != 0 && status == RADDLE_OK) {
-        status = fail_io("cannot write", path);
+        status = fail_io("cannot write in", folder);
     }
     return status;
 }
@@ -328,7 +328,7 @@ raddle_status raddle_cache_store(const char *folder, raddle_hash key, const void
         errno = ENAMETOOLONG;
         return fail_io("cannot write in", folder);
     }
-    raddle_status status = write_file(temporary, &header, payload, bytes);
+    raddle_status status = write_file(folder, temporary, &header, payload, bytes);
     if (status == RADDLE_OK && rename(temporary, path) != 0) {
         status = fail_io("cannot rename a file to", path);
     }

@@ -154,7 +154,7 @@ static PyObject *workspace_device(workspace_object *self, void *unused) {
 
 static PyGetSetDef workspace_getters[] = {
     {"size", (getter)workspace_size, NULL, "Bytes.", NULL},
-    {"device", (getter)workspace_device, NULL, "As text: \"cpu:0\", \"cuda:1\".", NULL},
+    {"device", (getter)workspace_device, NULL, "As text: \"cpu\", \"cuda:1\".", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -130,7 +130,8 @@ def _run_attention(device):
     """Largest difference from the float64 answer, and the seconds that the plan took to make."""
     import numpy
 
-    from . import attention, tensor
+    from . import attention
+    from .tensor import tensor
 
     q, cache, table, expected = _small_batch()
     begin = time.perf_counter()
@@ -149,7 +150,7 @@ def _run_attention(device):
     if device == "cpu":
         out = decode.run(q, cache)
     else:
-        on_device = [tensor.tensor(array, device=device) for array in (q, cache)]
+        on_device = [tensor(array, device=device) for array in (q, cache)]
         out = decode.run(*on_device).to("cpu").numpy()
     return float(numpy.abs(out.astype(numpy.float64) - expected).max()), seconds
 
@@ -239,7 +240,7 @@ def _check_blas(gpus):
     try:
         path, version = _core.blas_info()
     except RaddleError as error:
-        return _row("cublasLt", "broken", error)
+        return _row("cublasLt", "broken", error, "linear layers need it; attention does not")
     return _row("cublasLt", "ok", f"{version // 10000}.{version // 100 % 100}, {path}")
 
 
