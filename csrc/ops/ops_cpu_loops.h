@@ -85,7 +85,8 @@ LOOP_TARGET static inline float exponential_below(float x, float max, float fact
     return x == max ? 1.0f : e; /* also when both are infinite */
 }
 
-LOOP_TARGET static double exp_sum(float *x, int64_t count, float max, float factor) {
+LOOP_TARGET static double exp_sum(float *out, const float *x, int64_t count, float max,
+                                  float factor) {
     double sum = 0;
     for (int64_t begin = 0; begin < count; begin += SUM_BLOCK) {
         const int64_t end = begin + SUM_BLOCK < count ? begin + SUM_BLOCK : count;
@@ -94,13 +95,13 @@ LOOP_TARGET static double exp_sum(float *x, int64_t count, float max, float fact
         for (; i + LANES <= end; i += LANES) {
             for (int lane = 0; lane < LANES; lane++) {
                 const float e = exponential_below(x[i + lane], max, factor);
-                x[i + lane] = e;
+                out[i + lane] = e;
                 lanes[lane] += e;
             }
         }
         for (; i < end; i++) {
-            x[i] = exponential_below(x[i], max, factor);
-            sum += (double)x[i];
+            out[i] = exponential_below(x[i], max, factor);
+            sum += (double)out[i];
         }
         for (int lane = 0; lane < LANES; lane++) {
             sum += (double)lanes[lane];

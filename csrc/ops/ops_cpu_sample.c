@@ -1,10 +1,9 @@
-/* ops_cpu_sample.c - the CPU back end of softmax, sampling and log-probabilities: one row, one
- * worker.
+/* ops_cpu_sample.c - the CPU back end of softmax, sampling and log-probabilities: one row, one worker.
  *
- * top-k, top-p and min-p each keep a set of the largest logits, so each is a least key (the order-
- * preserving integer of a logit) and all three together are the largest of those. Least keys are
- * found by radix selection over 11, 11 and 10 bits instead of a sort. Ties with the least key are
- * all kept.
+ * top-k, top-p and min-p each keep a set of the largest logits, so each is a least logit, and all
+ * three together are the largest of those. It is found without a sort: a histogram over the distance
+ * from the maximum, then radix selection among the few tokens of one bin. Ties with the least logit are
+ * all kept. After top-k the survivors move together, in order, and the rest works on them alone.
  */
 #include "ops/ops_cpu.h"
 
@@ -12,23 +11,27 @@
 #include <string.h>
 
 #include "base/alloc.h"
+#include "base/arena.h"
 #include "base/threads.h"
 #include "cpu/vec.h"
 
 enum {
     BINS = 2048,
-    SKIP = 1024 /* tokens whose weights are summed together, so that the search can pass them */
+    SKIP = 1024, /* tokens whose weights are summed together, so that the search can pass them */
+    EXP_BLOCK = 1024
 };
 
 /* What a row was refused for; the first such row is reported. */
 enum { ROW_OK = 0, ROW_NAN, ROW_EMPTY, ROW_ID };
 
-/* One worker's buffers. */
+/* One worker's buffers; the last three for sampling only. */
 typedef struct scratch {
     float *row;       /* [vocab] */
-    int64_t *weights; /* [vocab] */
     int64_t *sums;    /* [vocab / SKIP + 1] */
     int64_t *bins;    /* [BINS] */
+    int64_t *weights; /* [vocab] */
+    int32_t *ids;     /* [vocab] */
+    int32_t *inside;  /* [vocab]: places of the tokens of one bin */
 } scratch;
 
 typedef struct rows_job {
@@ -43,21 +46,26 @@ typedef struct rows_job {
     int64_t bad_row; /* row * 4 + reason, the least; INT64_MAX when none. Accessed atomically */
 } rows_job;
 
-static size_t align_up(size_t bytes) {
-    return (bytes + 63) / 64 * 64;
+/* Over a measuring arena, and over a carving one. */
+static scratch divide_scratch(const rows_job *job, raddle_arena *arena) {
+    const size_t vocab = (size_t)job->vocab;
+    scratch s = {0};
+    s.row = raddle_arena_take(arena, vocab * sizeof(float));
+    if (job->sample) {
+        s.sums = raddle_arena_take(arena, (vocab / SKIP + 1) * sizeof(int64_t));
+        s.bins = raddle_arena_take(arena, BINS * sizeof(int64_t));
+        s.weights = raddle_arena_take(arena, vocab * sizeof(int64_t));
+        s.ids = raddle_arena_take(arena, vocab * sizeof(int32_t));
+        s.inside = raddle_arena_take(arena, vocab * sizeof(int32_t));
+    }
+    return s;
 }
 
 static scratch worker_scratch(const rows_job *job, int worker) {
-    char *data = job->scratch_data + (size_t)worker * job->scratch_bytes;
-    scratch s;
-    s.row = (float *)(void *)data;
-    data += align_up((size_t)job->vocab * sizeof(float));
-    s.sums = (int64_t *)(void *)data;
-    data += align_up((size_t)(job->vocab / SKIP + 1) * sizeof(int64_t));
-    s.bins = (int64_t *)(void *)data;
-    data += BINS * sizeof(int64_t);
-    s.weights = (int64_t *)(void *)data; /* the last part: only sampling has it */
-    return s;
+    raddle_arena arena;
+    raddle_arena_carve(&arena, job->scratch_data + (size_t)worker * job->scratch_bytes,
+                       job->scratch_bytes, true);
+    return divide_scratch(job, &arena);
 }
 
 static void report_bad_row(rows_job *job, int64_t row, int reason) {
@@ -68,18 +76,23 @@ static void report_bad_row(rows_job *job, int64_t row, int reason) {
     }
 }
 
-/* Widens row i of logits into s->row and finds its maximum; false when the row was refused. */
-static bool open_row(rows_job *job, const scratch *s, const void *logits, raddle_dtype dtype,
-                     int64_t stride, int64_t i, float *out_max) {
+/* Row i of logits as float32: where it lies, or widened into wide. Finds its maximum; NULL when the row
+ * was refused. */
+static const float *open_row(rows_job *job, float *wide, const void *logits, raddle_dtype dtype,
+                             int64_t stride, int64_t i, float *out_max) {
     bool has_nan;
     const char *data = (const char *)logits + i * stride * (int64_t)raddle_dtype_bytes(dtype);
-    job->vec->load[dtype](s->row, data, job->vocab);
-    *out_max = job->loops->row_max(s->row, job->vocab, &has_nan);
+    const float *row = (const float *)(const void *)data;
+    if (dtype != RADDLE_F32) {
+        job->vec->load[dtype](wide, data, job->vocab);
+        row = wide;
+    }
+    *out_max = job->loops->row_max(row, job->vocab, &has_nan);
     if (has_nan || *out_max == -INFINITY) {
         report_bad_row(job, i, has_nan ? ROW_NAN : ROW_EMPTY);
-        return false;
+        return NULL;
     }
-    return true;
+    return row;
 }
 
 /* Runs body over rows with one scratch per worker, and tells the first bad row. */
@@ -87,14 +100,12 @@ static raddle_status run_rows(rows_job *job, raddle_loop_body body, int64_t rows
     job->vec = raddle_vec_get();
     job->loops = raddle_ops_cpu_loops_get();
     job->bad_row = INT64_MAX;
-    job->scratch_bytes = align_up((size_t)job->vocab * sizeof(float)) +
-                         align_up((size_t)(job->vocab / SKIP + 1) * sizeof(int64_t)) +
-                         BINS * sizeof(int64_t);
-    if (job->sample) {
-        job->scratch_bytes += align_up((size_t)job->vocab * sizeof(int64_t));
-    }
+    raddle_arena arena;
+    raddle_arena_measure(&arena);
+    divide_scratch(job, &arena);
+    job->scratch_bytes = raddle_arena_bytes(&arena);
     const size_t bytes = job->scratch_bytes * (size_t)raddle_threads_count();
-    job->scratch_data = raddle_alloc_aligned(bytes, 64);
+    job->scratch_data = raddle_alloc(bytes);
     if (!job->scratch_data) {
         return raddle_fail_memory(bytes);
     }
@@ -121,15 +132,16 @@ static raddle_status run_rows(rows_job *job, raddle_loop_body body, int64_t rows
 static void softmax_rows(void *context, int64_t begin, int64_t end, int worker) {
     rows_job *job = context;
     const raddle_ops_softmax_params *p = job->softmax;
-    const scratch s = worker_scratch(job, worker);
+    (void)worker;
     for (int64_t i = begin; i < end; i++) {
         float max;
-        if (!open_row(job, &s, p->logits, (raddle_dtype)p->dtype, p->logits_stride_row, i, &max)) {
-            continue;
+        float *out = p->out + i * p->out_stride_row;
+        const float *row =
+            open_row(job, out, p->logits, (raddle_dtype)p->dtype, p->logits_stride_row, i, &max);
+        if (row) {
+            const double sum = job->loops->exp_sum(out, row, p->vocab, max, p->inv_temperature);
+            job->vec->scale(out, p->vocab, (float)(1.0 / sum));
         }
-        const double sum = job->loops->exp_sum(s.row, p->vocab, max, p->inv_temperature);
-        job->vec->scale(s.row, p->vocab, (float)(1.0 / sum));
-        memcpy(p->out + i * p->out_stride_row, s.row, (size_t)p->vocab * sizeof(float));
     }
 }
 
@@ -143,12 +155,15 @@ raddle_status raddle_ops_cpu_softmax(int32_t device, const raddle_ops_softmax_pa
 
 /* ---------------------------------------------------------------- sample */
 
-/* A row in work: the tokens with a logit of at least least are those that may be drawn. */
+/* A row in work: count tokens in the order of the vocabulary, of which those with a logit of at least
+ * least may be drawn. */
 typedef struct sampler {
     const raddle_ops_cpu_loops *loops;
     const scratch *buffers;
-    int64_t vocab;
-    float least;
+    const float *x;
+    const int32_t *ids; /* NULL: token i is number i */
+    int64_t count;
+    float max, factor, least;
 } sampler;
 
 static float value_of_key(uint32_t key) {
@@ -167,49 +182,87 @@ static int find_bin(const int64_t *bins, int64_t *need) {
     return 0;
 }
 
-/* Adds up, by digit, the tokens whose key starts with prefix and may be drawn: each counts 1, or its
- * weight. */
-static int64_t fill_bins(const sampler *s, bool by_weight, uint32_t prefix, uint32_t prefix_mask,
-                         int shift) {
-    const float *row = s->buffers->row;
+/* Falls with the distance from the maximum; what is further away than the bins reach shares bin 0. */
+static int bin_of(const sampler *s, float x, float bins_per_unit) {
+    const float down = x == s->max ? 0.0f : (s->max - x) * bins_per_unit;
+    return down < (float)(BINS - 1) ? BINS - 1 - (int)down : 0;
+}
+
+/* What token i counts: 1, or its weight. */
+static int64_t amount_of(const sampler *s, bool by_weight, int64_t i) {
+    return by_weight ? s->buffers->weights[i] : 1;
+}
+
+/* The largest logit among the num_inside tokens of one bin such that those at or above it amount to
+ * need, by the digits of their keys: 11, 11 and 10 bits. */
+static float select_inside(const sampler *s, bool by_weight, int64_t num_inside, int64_t need) {
+    static const int shifts[3] = {21, 10, 0};
     int64_t *bins = s->buffers->bins;
-    int64_t total = 0;
+    uint32_t key = 0, mask = 0;
+    for (int digit = 0; digit < 3; digit++) {
+        const uint32_t digit_mask = digit == 2 ? 1023u : BINS - 1u;
+        memset(bins, 0, BINS * sizeof(int64_t));
+        for (int64_t j = 0; j < num_inside; j++) {
+            const int64_t i = s->buffers->inside[j];
+            const uint32_t mine = raddle_ops_key(s->x[i]);
+            if ((mine & mask) == key) {
+                bins[mine >> shifts[digit] & digit_mask] += amount_of(s, by_weight, i);
+            }
+        }
+        key |= (uint32_t)find_bin(bins, &need) << shifts[digit];
+        mask |= digit_mask << shifts[digit];
+    }
+    return value_of_key(key);
+}
+
+/* Raises least to the largest logit such that the tokens at or above it are at least top_k many
+ * (by_weight false), or weigh at least top_p of all that may be drawn. */
+static void keep_largest(sampler *s, bool by_weight, int64_t top_k, float top_p) {
+    /* Weights end 41 binary orders below the maximum; few candidates for top_k lie 40 units below. */
+    const float bins_per_unit = (BINS - 1) * (by_weight ? s->factor / 41.0f : 1.0f / 40.0f);
+    int64_t *bins = s->buffers->bins;
+    int64_t total = 0, num_inside = 0;
     memset(bins, 0, BINS * sizeof(int64_t));
-    for (int64_t i = 0; i < s->vocab; i++) {
-        const uint32_t key = raddle_ops_key(row[i]);
-        if ((key & prefix_mask) == prefix && row[i] >= s->least) {
-            const int64_t amount = by_weight ? s->buffers->weights[i] : 1;
-            bins[key >> shift & (BINS - 1)] += amount;
+    for (int64_t i = 0; i < s->count; i++) {
+        if (s->x[i] >= s->least) {
+            const int64_t amount = amount_of(s, by_weight, i);
+            bins[bin_of(s, s->x[i], bins_per_unit)] += amount;
             total += amount;
         }
     }
-    return total;
-}
-
-/* Raises least to the largest logit such that the tokens at or above it are at least top_k many, or
- * weigh at least top_p of all that may be drawn. */
-static void keep_largest(sampler *s, int64_t top_k, float top_p) {
-    const bool by_weight = top_k == 0;
-    const int64_t *bins = s->buffers->bins;
-    const int64_t total = fill_bins(s, by_weight, 0, 0, 21);
     int64_t need = by_weight ? raddle_ops_top_p_mass(top_p, total) : top_k;
     if (need > total) {
         return; /* fewer than top_k are left */
     }
-    uint32_t key = (uint32_t)find_bin(bins, &need) << 21;
-    fill_bins(s, by_weight, key, 0xffffffffu << 21, 10);
-    key |= (uint32_t)find_bin(bins, &need) << 10;
-    fill_bins(s, by_weight, key, 0xffffffffu << 10, 0);
-    /* The last digit has 10 bits, and the bin index 11: the one above is that of the prefix. */
-    key |= (uint32_t)find_bin(bins, &need) & 1023;
-    s->least = value_of_key(key);
+    const int bin = find_bin(bins, &need);
+    for (int64_t i = 0; i < s->count; i++) {
+        if (s->x[i] >= s->least && bin_of(s, s->x[i], bins_per_unit) == bin) {
+            s->buffers->inside[num_inside++] = (int32_t)i;
+        }
+    }
+    s->least = select_inside(s, by_weight, num_inside, need);
+}
+
+/* Moves the tokens that may be drawn together. */
+static void drop_the_rest(sampler *s) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < s->count; i++) {
+        if (s->x[i] >= s->least) {
+            s->buffers->row[count] = s->x[i];
+            s->buffers->ids[count] = (int32_t)i;
+            count++;
+        }
+    }
+    s->x = s->buffers->row;
+    s->ids = s->buffers->ids;
+    s->count = count;
 }
 
 static void keep_min_p(sampler *s, float min_p) {
     const int64_t least_weight = raddle_ops_min_weight(min_p);
     float least = INFINITY;
-    for (int64_t i = 0; i < s->vocab; i++) {
-        const float x = s->buffers->row[i];
+    for (int64_t i = 0; i < s->count; i++) {
+        const float x = s->x[i];
         least = x < least && s->buffers->weights[i] >= least_weight ? x : least;
     }
     s->least = least;
@@ -217,13 +270,12 @@ static void keep_min_p(sampler *s, float min_p) {
 
 /* The first token at which the running sum of weights passes a uniform draw below the total. */
 static int32_t draw(const sampler *s, uint64_t random) {
-    const float *row = s->buffers->row;
     const int64_t *weights = s->buffers->weights;
     int64_t *sums = s->buffers->sums;
     int64_t total = 0;
-    for (int64_t begin = 0; begin < s->vocab; begin += SKIP) {
-        const int64_t count = s->vocab - begin < SKIP ? s->vocab - begin : SKIP;
-        sums[begin / SKIP] = s->loops->sum_weights(weights + begin, row + begin, count, s->least);
+    for (int64_t begin = 0; begin < s->count; begin += SKIP) {
+        const int64_t count = s->count - begin < SKIP ? s->count - begin : SKIP;
+        sums[begin / SKIP] = s->loops->sum_weights(weights + begin, s->x + begin, count, s->least);
         total += sums[begin / SKIP];
     }
     int64_t left = raddle_ops_random_below(random, total);
@@ -233,9 +285,9 @@ static int32_t draw(const sampler *s, uint64_t random) {
         i += SKIP;
     }
     for (;; i++) {
-        left -= row[i] >= s->least ? weights[i] : 0;
+        left -= s->x[i] >= s->least ? weights[i] : 0;
         if (left < 0) {
-            return (int32_t)i;
+            return s->ids ? s->ids[i] : (int32_t)i;
         }
     }
 }
@@ -248,22 +300,32 @@ static int32_t first_maximum(const float *row, float max) {
     return i;
 }
 
-static int32_t sample_row(const rows_job *job, const scratch *buffers, float max,
+/* top_k before min_p, the other way round than it is told: both keep the largest logits, so the result
+ * is the same, and weights are only made for what top_k leaves. */
+static int32_t sample_row(const rows_job *job, const scratch *buffers, const float *row, float max,
                           const raddle_ops_sample_row *settings) {
     if (settings->temperature == 0) {
-        return first_maximum(buffers->row, max);
+        return first_maximum(row, max);
     }
-    sampler s = {.loops = job->loops, .buffers = buffers, .vocab = job->vocab, .least = -INFINITY};
-    job->loops->weights(buffers->weights, buffers->row, job->vocab, max,
-                        raddle_ops_weight_factor(settings->temperature));
+    sampler s = {
+        .loops = job->loops,
+        .buffers = buffers,
+        .x = row,
+        .count = job->vocab,
+        .max = max,
+        .factor = raddle_ops_weight_factor(settings->temperature),
+        .least = -INFINITY,
+    };
+    if (settings->top_k > 0 && settings->top_k < job->vocab) {
+        keep_largest(&s, false, settings->top_k, 0);
+        drop_the_rest(&s);
+    }
+    s.loops->weights(buffers->weights, s.x, s.count, max, s.factor);
     if (settings->min_p > 0) {
         keep_min_p(&s, settings->min_p);
     }
-    if (settings->top_k > 0 && settings->top_k < job->vocab) {
-        keep_largest(&s, settings->top_k, 0);
-    }
     if (settings->top_p < 1) {
-        keep_largest(&s, 0, settings->top_p);
+        keep_largest(&s, true, 0, settings->top_p);
     }
     return draw(&s, raddle_ops_random(settings->seed, settings->offset));
 }
@@ -274,9 +336,10 @@ static void sample_rows(void *context, int64_t begin, int64_t end, int worker) {
     const scratch s = worker_scratch(job, worker);
     for (int64_t i = begin; i < end; i++) {
         float max;
-        if (open_row(job, &s, p->logits, p->dtype, p->logits_stride_row, i, &max)) {
+        const float *row = open_row(job, s.row, p->logits, p->dtype, p->logits_stride_row, i, &max);
+        if (row) {
             p->out[i * p->out_stride] =
-                sample_row(job, &s, max, &p->settings[i * p->settings_step]);
+                sample_row(job, &s, row, max, &p->settings[i * p->settings_step]);
         }
     }
 }
@@ -307,6 +370,16 @@ static void find_top(const float *row, int64_t vocab, int32_t top, int32_t *ids)
     }
 }
 
+static double log_sum_exp_below(const rows_job *job, const float *row, float max) {
+    float block[EXP_BLOCK];
+    double sum = 0;
+    for (int64_t i = 0; i < job->vocab; i += EXP_BLOCK) {
+        const int64_t count = job->vocab - i < EXP_BLOCK ? job->vocab - i : EXP_BLOCK;
+        sum += job->loops->exp_sum(block, row + i, count, max, 1.0f);
+    }
+    return log(sum);
+}
+
 static void logprobs_rows(void *context, int64_t begin, int64_t end, int worker) {
     rows_job *job = context;
     const raddle_ops_logprobs_params *p = job->logprobs;
@@ -319,25 +392,21 @@ static void logprobs_rows(void *context, int64_t begin, int64_t end, int worker)
             report_bad_row(job, i, ROW_ID);
             continue;
         }
-        if (!open_row(job, &s, p->logits, (raddle_dtype)p->dtype, p->logits_stride_row, i, &max)) {
+        const float *row =
+            open_row(job, s.row, p->logits, (raddle_dtype)p->dtype, p->logits_stride_row, i, &max);
+        if (!row) {
             continue;
         }
-        /* Differences to the maximum first: exact where it matters, and exp_sum overwrites the row.
-         */
-        const double chosen = (double)s.row[id] - (double)max;
-        int32_t *top_ids = p->top ? p->top_ids + i * p->top : NULL;
-        float *top_logprobs = p->top ? p->top_logprobs + i * p->top : NULL;
+        /* Differences to the maximum first: exact where it matters. */
+        const double log_sum = log_sum_exp_below(job, row, max);
+        p->logprobs[i] = (float)((double)row[id] - (double)max - log_sum);
         if (p->top) {
-            find_top(s.row, p->vocab, p->top, top_ids);
+            find_top(row, p->vocab, p->top, p->top_ids + i * p->top);
         }
         for (int32_t t = 0; t < p->top; t++) {
-            top_logprobs[t] = s.row[top_ids[t]];
+            const float x = row[p->top_ids[i * p->top + t]];
+            p->top_logprobs[i * p->top + t] = (float)((double)x - (double)max - log_sum);
         }
-        const double log_sum = log(job->loops->exp_sum(s.row, p->vocab, max, 1.0f));
-        for (int32_t t = 0; t < p->top; t++) {
-            top_logprobs[t] = (float)((double)top_logprobs[t] - (double)max - log_sum);
-        }
-        p->logprobs[i] = (float)(chosen - log_sum);
     }
 }
 
