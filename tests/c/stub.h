@@ -1,9 +1,8 @@
-/* stub.h - the control panels of the stub libraries libcuda and libnvrtc (stub_cuda.c,
- * stub_nvrtc.c).
+/* stub.h - the control panels of the stub libraries libcuda, libnvrtc and libcublasLt (stub_*.c).
  *
  * The stubs keep the driver's books (allocations, contexts, captures, queued work) on the host, so
  * that launch code runs, and is held to the driver's rules, on machines without a GPU. A test finds
- * a panel by stub_cuda_panel() and stub_nvrtc_panel().
+ * a panel by stub_cuda(), stub_nvrtc() and stub_cublaslt().
  */
 #ifndef RADDLE_TESTS_STUB_H
 #define RADDLE_TESTS_STUB_H
@@ -57,6 +56,13 @@ typedef struct stub_nvrtc_state {
     char text[4096];
 } stub_nvrtc_state;
 
+typedef struct stub_cublaslt_state {
+    int version, fail_create, has_no_kernel;
+    int num_handles, live_descriptions, num_heuristics, num_products;
+    unsigned alignments[4]; /* of the last choice: A, B, C, D */
+    void *stream, *workspace;
+} stub_cublaslt_state;
+
 static inline void *stub_panel(const char *library, const char *function) {
     void *handle = dlopen(library, RTLD_NOW);
     void *(*panel)(void) = NULL;
@@ -75,6 +81,10 @@ static inline stub_cuda_state *stub_cuda(void) {
 
 static inline stub_nvrtc_state *stub_nvrtc(void) {
     return stub_panel("libnvrtc.so.13", "stub_nvrtc_panel");
+}
+
+static inline stub_cublaslt_state *stub_cublaslt(void) {
+    return stub_panel("libcublasLt.so.13", "stub_cublaslt_panel");
 }
 
 static inline void stub_fail(const char *function, int skip, int result) {
