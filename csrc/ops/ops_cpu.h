@@ -10,8 +10,6 @@ typedef struct raddle_ops_cpu_loops {
     void (*act_and_mul[RADDLE_OPS_NUM_ACTIVATIONS])(float *gate, const float *up, int count);
     /* out[i] = e^((x[i] - max) * factor), 1 for the maximum; returns the sum. out may be x. */
     double (*exp_sum)(float *out, const float *x, int64_t count, float max, float factor);
-    /* The largest; *out_has_nan tells whether one was NaN (then the result means nothing). */
-    float (*row_max)(const float *x, int64_t count, bool *out_has_nan);
     /* out[i] = raddle_ops_weight(x[i], max, factor). */
     void (*weights)(int64_t *out, const float *x, int64_t count, float max, float factor);
     /* Sum of weight[i] where x[i] >= least. */

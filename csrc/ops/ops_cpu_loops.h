@@ -110,33 +110,6 @@ LOOP_TARGET static double exp_sum(float *out, const float *x, int64_t count, flo
     return sum;
 }
 
-LOOP_TARGET static float row_max(const float *x, int64_t count, bool *out_has_nan) {
-    float lanes[LANES];
-    uint32_t nans[LANES] = {0};
-    int64_t i = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        lanes[lane] = -INFINITY;
-    }
-    for (; i + LANES <= count; i += LANES) {
-        for (int lane = 0; lane < LANES; lane++) {
-            const float value = x[i + lane];
-            lanes[lane] = value > lanes[lane] ? value : lanes[lane];
-            nans[lane] |= value != value ? 1u : 0u;
-        }
-    }
-    for (; i < count; i++) {
-        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-        nans[0] |= x[i] != x[i] ? 1u : 0u;
-    }
-    uint32_t has_nan = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        lanes[0] = lanes[lane] > lanes[0] ? lanes[lane] : lanes[0];
-        has_nan |= nans[lane];
-    }
-    *out_has_nan = has_nan != 0;
-    return lanes[0];
-}
-
 /* As raddle_ops_weight, operation for operation, without its branches. */
 LOOP_TARGET static void weights(int64_t *out, const float *x, int64_t count, float max,
                                 float factor) {
@@ -174,7 +147,6 @@ const raddle_ops_cpu_loops LOOP_TABLE = {
                     [RADDLE_OPS_GELU] = gelu_and_mul,
                     [RADDLE_OPS_GELU_TANH] = gelu_tanh_and_mul},
     .exp_sum = exp_sum,
-    .row_max = row_max,
     .weights = weights,
     .sum_weights = sum_weights,
 };

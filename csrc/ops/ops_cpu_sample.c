@@ -80,14 +80,15 @@ static void report_bad_row(rows_job *job, int64_t row, int reason) {
  * was refused. */
 static const float *open_row(rows_job *job, float *wide, const void *logits, raddle_dtype dtype,
                              int64_t stride, int64_t i, float *out_max) {
-    bool has_nan;
     const char *data = (const char *)logits + i * stride * (int64_t)raddle_dtype_bytes(dtype);
     const float *row = (const float *)(const void *)data;
     if (dtype != RADDLE_F32) {
         job->vec->load[dtype](wide, data, job->vocab);
         row = wide;
     }
-    *out_max = job->loops->row_max(row, job->vocab, &has_nan);
+    *out_max = job->vec->max(row, job->vocab);
+    const bool has_nan =
+        isnan(job->vec->sum_squares(row, job->vocab)); /* infinity stays infinity */
     if (has_nan || *out_max == -INFINITY) {
         report_bad_row(job, i, has_nan ? ROW_NAN : ROW_EMPTY);
         return NULL;
