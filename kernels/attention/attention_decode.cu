@@ -56,7 +56,7 @@ constexpr bool V_WHOLE = HEAD_DIM_VO % 64 == 0;
 constexpr unsigned ALL_TOKENS = 0xffffu;
 constexpr bool PREFETCH =
     !Q_IN_SHARED; /* the next piece's first tile: where registers are left for it */
-constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 8 : 4;
+constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 constexpr int32_t RAGGED_PAGE = 0x7fffffff; /* ragged K/V: one page without an end */
 
 static_assert(WARPS % HEADS == 0, "heads_per_item must divide the warps");
@@ -480,40 +480,63 @@ __device__ __forceinline__ void fold_chunk(const shared_map &m, int32_t tile_row
     acc[0] = sum[0], acc[1] = sum[1], acc[2] = sum[2], acc[3] = sum[3];
 }
 
-/* The warps' states are in shared memory: results, a partial, or one more chunk folded. */
-__device__ __forceinline__ void finish_piece(const raddle_attention_params &p, const shared_map &m,
-                                             const piece &at, int &side) {
+/* Four neighbouring outputs of the item, by their number. */
+struct quad {
+    int32_t head, row, dim;
+};
+
+__device__ __forceinline__ quad quad_at(int32_t i, int32_t rows) {
     constexpr int QUADS = HEAD_DIM_VO / 4;
-    const raddle_attention_segment segment = p.segments[at.segment];
-    const int32_t qo_begin = p.requests[segment.request].qo_begin;
-    const int32_t rows = segment.row_end - segment.row_begin;
+    const unsigned row_of_item = (unsigned)i / QUADS;
+    return quad{(int32_t)(row_of_item / (unsigned)rows), (int32_t)(row_of_item % (unsigned)rows),
+                4 * (i % QUADS)};
+}
+
+__device__ __forceinline__ int32_t count_quads(const raddle_attention_params &p,
+                                               const raddle_attention_segment &segment) {
     const int32_t heads = min(HEADS, p.num_kv_heads - segment.head);
-    const bool first = at.begin == segment.kv_begin;
-    const bool last = at.end == segment.kv_end;
+    return heads * (segment.row_end - segment.row_begin) * (HEAD_DIM_VO / 4);
+}
+
+/* The warps' states are in shared memory: adds them up to a partial. */
+__device__ __forceinline__ void finish_cut(const raddle_attention_params &p, const shared_map &m,
+                                           int32_t segment_index) {
+    const raddle_attention_segment &segment = p.segments[segment_index];
+    const int32_t count = count_quads(p, segment);
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < heads * rows * QUADS; i += THREADS) {
-        const int32_t row_of_item = i / QUADS;
-        const int32_t dim = 4 * (i % QUADS);
-        const int32_t head = row_of_item / rows;
-        const int32_t row = row_of_item % rows;
+    for (int32_t i = threadIdx.x; i < count; i += THREADS) {
+        const quad at = quad_at(i, segment.row_end - segment.row_begin);
         float acc[4];
-        softmax_state state = combine_warps(m, p.tile_rows, head, row, dim, acc);
-        if (segment.slot >= 0) {
-            const int64_t to = partial_row(p, segment.slot, HEADS, head, row);
-            *(float4 *)(p.partial_out + to * HEAD_DIM_VO + dim) =
-                make_float4(acc[0], acc[1], acc[2], acc[3]);
-            if (dim == 0) {
-                ((float2 *)p.partial_state)[to] = make_float2(state.max, state.sum);
-            }
-            continue;
+        const softmax_state state = combine_warps(m, p.tile_rows, at.head, at.row, at.dim, acc);
+        const int64_t to = partial_row(p, segment.slot, HEADS, at.head, at.row);
+        *(float4 *)(p.partial_out + to * HEAD_DIM_VO + at.dim) =
+            make_float4(acc[0], acc[1], acc[2], acc[3]);
+        if (at.dim == 0) {
+            ((float2 *)p.partial_state)[to] = make_float2(state.max, state.sum);
         }
+    }
+}
+
+/* The same: to results, or to one more chunk folded. */
+__device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, const shared_map &m,
+                                             const piece &done, int &side) {
+    const raddle_attention_segment &segment = p.segments[done.segment];
+    const int32_t qo_begin = p.requests[segment.request].qo_begin;
+    const int32_t count = count_quads(p, segment);
+    const bool first = done.begin == segment.kv_begin;
+    const bool last = done.end == segment.kv_end;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < count; i += THREADS) {
+        const quad at = quad_at(i, segment.row_end - segment.row_begin);
+        float acc[4];
+        softmax_state state = combine_warps(m, p.tile_rows, at.head, at.row, at.dim, acc);
         if (!(first && last)) {
-            fold_chunk(m, p.tile_rows, head, row, dim, first, side, state, acc);
+            fold_chunk(m, p.tile_rows, at.head, at.row, at.dim, first, side, state, acc);
         }
         if (last) {
             const row_place place =
-                place_of_row(p, qo_begin, segment.head + head, segment.row_begin + row);
-            write_result<out_type>(p, place, dim, acc, state);
+                place_of_row(p, qo_begin, segment.head + at.head, segment.row_begin + at.row);
+            write_result<out_type>(p, place, at.dim, acc, state);
         }
     }
     side ^= 1;
@@ -629,7 +652,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     }
     int side = 0; /* of the folded states */
 #pragma unroll 1
-    for (bool more = true; more;) {
+    for (;;) {
         if (!PREFETCH) {
             begin_piece();
         }
@@ -676,23 +699,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         const piece done = at;
         const bool same_segment = done.end < p.segments[done.segment].kv_end;
         const int32_t next_segment = done.segment + !same_segment;
-        more = next_segment < p.worker_indptr[blockIdx.x + 1];
+        const bool more = next_segment < p.worker_indptr[blockIdx.x + 1];
         if (more) {
             const int32_t begin = same_segment ? done.end : p.segments[next_segment].kv_begin;
             open_piece(p, next_segment, begin, head_of_item, tile_of_warp, lane, notes, look);
-            if (PREFETCH) {
-                begin_piece();
-            }
         }
         const raddle_attention_segment &segment = p.segments[done.segment];
+        const bool is_cut = segment.slot >= 0;
+        if (PREFETCH && more && !is_cut) {
+            begin_piece();
+        }
         __syncthreads(); /* every thread has read the warps' states of the piece before -> they may
                             be overwritten */
         write_warp(map, p.tile_rows, segment.row_end - segment.row_begin, warp, g, j, acc);
         __syncthreads(); /* the warps' states are written -> every thread combines them */
-        finish_piece(p, map, done, side);
-        if (segment.slot >= 0 && arrive_at_merge(p, segment.merge, &is_last)) {
-            merge_partials<out_type, HEADS, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p,
-                                                                                   segment.merge);
+        if (is_cut) {
+            finish_cut(p, map, done.segment);
+            if (arrive_at_merge(p, segment.merge, &is_last)) {
+                merge_partials<out_type, HEADS, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(
+                    p, segment.merge);
+            }
+            if (!more) {
+                break;
+            }
+            if (PREFETCH) {
+                begin_piece(); /* not before: a merge needs the registers */
+            }
+        } else {
+            finish_uncut(p, map, done, side);
+            if (!more) {
+                break;
+            }
         }
     }
 }

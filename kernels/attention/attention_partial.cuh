@@ -64,14 +64,14 @@ __device__ __forceinline__ int64_t partial_row(const raddle_attention_params &p,
     return ((int64_t)slot * heads_per_item + head) * p.tile_rows + row;
 }
 
-/* Counts this segment's partial in. True on all threads of the CTA when it was the last of its
- * item: then the counter is 0 again for the next launch. `is_last` is one word of shared memory. */
+/* Counts this segment's partial in. True on all threads of the CTA when it was the last of its item:
+ * then the counter is 0 again for the next launch. `is_last` is one word of shared memory. */
 __device__ __forceinline__ bool arrive_at_merge(const raddle_attention_params &p, int32_t merge,
                                                 int32_t *is_last) {
+    const int32_t expected = p.merges[merge].num_arrivals; /* before the wait, not behind it */
     __syncthreads(); /* every thread's part of the partial is written -> thread 0 publishes it */
     if (threadIdx.x == 0) {
-        const int32_t others = arrive(&p.arrivals[merge]);
-        *is_last = others == p.merges[merge].num_arrivals - 1;
+        *is_last = arrive(&p.arrivals[merge]) == expected - 1;
         if (*is_last) {
             p.arrivals[merge] = 0;
         }
@@ -80,50 +80,84 @@ __device__ __forceinline__ bool arrive_at_merge(const raddle_attention_params &p
     return *is_last != 0;
 }
 
-/* Adds the partials of an item up in slot order, whoever arrives last, and writes the results. All
- * threads of the CTA take part, each with four neighbouring outputs of a row at a time. IN_FLIGHT:
- * partials loaded before the first is used. */
-template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, int IN_FLIGHT>
-__device__ __forceinline__ void merge_partials(const raddle_attention_params &p,
-                                               int32_t merge_index) {
+/* merge_partials with OUTPUTS quads of outputs per thread at a time, SLOTS partials of each loaded
+ * before the first is used. */
+template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, int OUTPUTS,
+          int SLOTS>
+__device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
+                                            const raddle_attention_merge &merge, int32_t total) {
     constexpr int QUADS = HEAD_DIM_VO / 4;
-    const raddle_attention_merge merge = p.merges[merge_index];
     const int32_t qo_begin = p.requests[merge.request].qo_begin;
-    const int32_t rows = merge.row_end - merge.row_begin;
-    const int32_t heads = min(HEADS_PER_ITEM, p.num_kv_heads - merge.head);
+    const unsigned rows = (unsigned)(merge.row_end - merge.row_begin);
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < heads * rows * QUADS; i += THREADS) {
-        const int32_t row_of_item = i / QUADS;
-        const int32_t dim = 4 * (i % QUADS);
-        const int32_t head = row_of_item / rows;
-        const int32_t row = row_of_item % rows;
-        softmax_state state = empty_state();
-        float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-        for (int32_t first = 0; first < merge.slot_count; first += IN_FLIGHT) {
-            float2 states[IN_FLIGHT];
-            float4 parts[IN_FLIGHT];
+    for (int32_t i = threadIdx.x; i < total; i += OUTPUTS * THREADS) {
+        softmax_state state[OUTPUTS];
+        float acc[OUTPUTS][4];
+        int32_t row_of_slot[OUTPUTS]; /* in rows of a partial */
 #pragma unroll
-            for (int k = 0; k < IN_FLIGHT; k++) {
-                /* Past the end: the last one again, so that no register is set on some paths only.
-                 */
+        for (int o = 0; o < OUTPUTS; o++) {
+            /* Past the end: the last again, so that no register is set on some paths only. */
+            const unsigned row = (unsigned)(min(i + o * THREADS, total - 1) / QUADS);
+            row_of_slot[o] = (int32_t)(row / rows * (unsigned)p.tile_rows + row % rows);
+            state[o] = empty_state();
+            acc[o][0] = acc[o][1] = acc[o][2] = acc[o][3] = 0.0f;
+        }
+#pragma unroll 1
+        for (int32_t first = 0; first < merge.slot_count; first += SLOTS) {
+            float2 states[SLOTS][OUTPUTS];
+            float4 parts[SLOTS][OUTPUTS];
+#pragma unroll
+            for (int k = 0; k < SLOTS; k++) {
                 const int32_t slot = merge.slot_begin + min(first + k, merge.slot_count - 1);
-                const int64_t at = partial_row(p, slot, HEADS_PER_ITEM, head, row);
-                states[k] = load_shared_by_ctas((const float2 *)p.partial_state + at);
-                parts[k] =
-                    load_shared_by_ctas((const float4 *)(p.partial_out + at * HEAD_DIM_VO + dim));
+#pragma unroll
+                for (int o = 0; o < OUTPUTS; o++) {
+                    const int64_t at = partial_row(p, slot, HEADS_PER_ITEM, 0, row_of_slot[o]);
+                    const int32_t dim = 4 * (min(i + o * THREADS, total - 1) % QUADS);
+                    states[k][o] = load_shared_by_ctas((const float2 *)p.partial_state + at);
+                    parts[k][o] = load_shared_by_ctas(
+                        (const float4 *)(p.partial_out + at * HEAD_DIM_VO + dim));
+                }
             }
 #pragma unroll
-            for (int k = 0; k < IN_FLIGHT; k++) {
-                if (first + k < merge.slot_count) {
-                    const float part[4] = {parts[k].x, parts[k].y, parts[k].z, parts[k].w};
-                    fold(state, acc, softmax_state{states[k].x, states[k].y}, part);
+            for (int k = 0; k < SLOTS; k++) {
+#pragma unroll
+                for (int o = 0; o < OUTPUTS; o++) {
+                    if (first + k < merge.slot_count) {
+                        const float4 &x = parts[k][o];
+                        const float part[4] = {x.x, x.y, x.z, x.w};
+                        fold(state[o], acc[o], softmax_state{states[k][o].x, states[k][o].y}, part);
+                    }
                 }
             }
         }
-        write_result<out_type>(p,
-                               place_of_row(p, qo_begin, merge.head + head, merge.row_begin + row),
-                               dim, acc, state);
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; o++) {
+            const int32_t at = i + o * THREADS;
+            if (at < total) {
+                const unsigned row = (unsigned)(at / QUADS);
+                const row_place place =
+                    place_of_row(p, qo_begin, merge.head + (int32_t)(row / rows),
+                                 merge.row_begin + (int32_t)(row % rows));
+                write_result<out_type>(p, place, 4 * (at % QUADS), acc[o], state[o]);
+            }
+        }
+    }
+}
+
+/* Adds the partials of an item up in slot order, whoever arrives last, and writes the results. All
+ * threads of the CTA take part. IN_FLIGHT: 16-byte loads that a thread has on their way at once:
+ * of many partials of one output, or of few partials of several. */
+template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, int IN_FLIGHT>
+__device__ __forceinline__ void merge_partials(const raddle_attention_params &p,
+                                               int32_t merge_index) {
+    const raddle_attention_merge merge = p.merges[merge_index];
+    const int32_t heads = min(HEADS_PER_ITEM, p.num_kv_heads - merge.head);
+    const int32_t total = heads * (merge.row_end - merge.row_begin) * (HEAD_DIM_VO / 4);
+    if (total > THREADS && merge.slot_count <= IN_FLIGHT / 2) {
+        merge_quads<out_type, HEADS_PER_ITEM, HEAD_DIM_VO, THREADS, 4, IN_FLIGHT / 4>(p, merge,
+                                                                                      total);
+    } else {
+        merge_quads<out_type, HEADS_PER_ITEM, HEAD_DIM_VO, THREADS, 1, IN_FLIGHT>(p, merge, total);
     }
 }
 
