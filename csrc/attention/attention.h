@@ -110,6 +110,13 @@ raddle_status raddle_attention_batch_read(const raddle_attention_plan *plan,
                                           raddle_attention_request *requests, int32_t *pages,
                                           raddle_attention_reading *out_reading);
 
+/* attention_check.c: RADDLE_CHECK. report fails with RADDLE_ERR_VALUE if an earlier run met a page id
+ * outside its cache, once for each time. All do nothing when the setting is off. */
+raddle_status raddle_attention_check_init(raddle_attention_plan *plan);
+void raddle_attention_check_fini(raddle_attention_plan *plan);
+raddle_status raddle_attention_check_report(const raddle_attention_plan *plan,
+                                            raddle_stream stream);
+
 /* attention_cuda.c: the configs that warmup and the compile tests build, in order. hopper_only: of
  * instructions that sm_90a alone has. */
 int raddle_attention_num_kernel_configs(void);

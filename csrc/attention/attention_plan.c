@@ -67,6 +67,7 @@ static void fini_plan(raddle_plan *base) {
         plan->ops->release(plan);
     }
     raddle_staging_fini(&plan->staging);
+    raddle_attention_check_fini(plan);
     base->backend->free(base->device.index, plan->arrivals);
 }
 
@@ -113,6 +114,7 @@ static raddle_status build_plan(raddle_attention_plan *plan) {
     RADDLE_TRY(backend->fill(device, plan->arrivals, 0, arrivals_bytes, NULL));
     RADDLE_TRY(backend->synchronize(device, NULL));
     fill_constant_params(plan);
+    RADDLE_TRY(raddle_attention_check_init(plan));
     plan->base.staging = &plan->staging;
     plan->base.state = RADDLE_PLAN_READY;
     return RADDLE_OK;
@@ -158,6 +160,7 @@ static raddle_status update_plan(raddle_attention_plan *plan, const raddle_atten
     RADDLE_REQUIRE(!capturing, RADDLE_ERR_STATE,
                    "plan: the stream is being captured; plan before capture, and again between "
                    "replays");
+    RADDLE_TRY(raddle_attention_check_report(plan, stream));
     RADDLE_TRY(raddle_plan_ensure_workspace(&plan->base));
     void *slot_data = NULL;
     RADDLE_TRY(raddle_staging_acquire(&plan->staging, &slot_data));
@@ -293,6 +296,7 @@ static raddle_status check_args(const raddle_attention_plan *plan,
 static raddle_status run_plan(raddle_attention_plan *plan, const raddle_attention_args *args,
                               raddle_stream stream) {
     RADDLE_TRY(check_args(plan, args));
+    RADDLE_TRY(raddle_attention_check_report(plan, stream));
     if (plan->host.header->num_qo_tokens == 0) {
         return RADDLE_OK;
     }
