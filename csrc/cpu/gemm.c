@@ -25,6 +25,7 @@ enum {
     COLUMNS = RADDLE_GEMM_COLUMNS,
     BLOCK_DEPTH = 256, /* even; a block of float32 is 32 KB, of 16-bit types half of that */
     CHUNK_ROWS = 256,
+    PACK_DEPTH = 64,
     TASK_BYTES = 1 << 16,   /* of weight: about 5 us of one core's memory bandwidth */
     TASK_PRODUCTS = 1 << 19 /* the same in multiplications */
 };
@@ -51,20 +52,44 @@ static int64_t panel_element(raddle_dtype dtype, int64_t k, int n) {
     return dtype == RADDLE_BF16 ? (k / 2 * COLUMNS + n) * 2 + k % 2 : k * COLUMNS + n;
 }
 
+/* count elements of one row of the weight, from depth k on, to column n of a panel. */
+static void pack_column(const pack_job *job, char *panel, int n, const char *row, int64_t k,
+                        int64_t count) {
+    const raddle_dtype dtype = job->packed->dtype;
+    const int64_t step = job->weight->stride[1];
+    if (dtype == RADDLE_F32) {
+        const uint32_t *from = (const uint32_t *)(const void *)row + k * step;
+        uint32_t *to = (uint32_t *)(void *)panel + k * COLUMNS + n;
+        for (int64_t i = 0; i < count; i++) {
+            to[i * COLUMNS] = from[i * step];
+        }
+        return;
+    }
+    const uint16_t *from = (const uint16_t *)(const void *)row;
+    int64_t i = k;
+    for (; dtype == RADDLE_BF16 && step == 1 && i + 2 <= k + count; i += 2) {
+        memcpy(panel + (i / 2 * COLUMNS + n) * 4, from + i, 4);
+    }
+    for (; i < k + count; i++) {
+        ((uint16_t *)(void *)panel)[panel_element(dtype, i, n)] = from[i * step];
+    }
+}
+
+/* In blocks of depth that stay in the L1 cache until all columns are written. */
 static void pack_panel(const pack_job *job, int64_t panel) {
     const raddle_gemm_weight *p = job->packed;
-    const raddle_tensor *w = job->weight;
-    char *data = p->data + panel * p->depth_padded * COLUMNS * (int64_t)p->element_bytes;
-    memset(data, 0, (size_t)(p->depth_padded * COLUMNS) * p->element_bytes);
-    for (int n = 0; n < COLUMNS && panel * COLUMNS + n < p->columns; n++) {
-        const int64_t row = (panel * COLUMNS + n) * w->stride[0];
-        for (int64_t k = 0; k < p->depth; k++) {
-            const int64_t from = row + k * w->stride[1], to = panel_element(p->dtype, k, n);
-            if (p->dtype == RADDLE_F32) {
-                ((uint32_t *)(void *)data)[to] = ((const uint32_t *)w->data)[from];
-            } else {
-                ((uint16_t *)(void *)data)[to] = ((const uint16_t *)w->data)[from];
-            }
+    const int64_t bytes = (int64_t)p->element_bytes;
+    const int64_t left = p->columns - panel * COLUMNS;
+    const int columns = (int)(left < COLUMNS ? left : COLUMNS);
+    char *data = p->data + panel * p->depth_padded * COLUMNS * bytes;
+    if (columns < COLUMNS || p->depth < p->depth_padded) {
+        memset(data, 0, (size_t)(p->depth_padded * COLUMNS * bytes));
+    }
+    for (int64_t k = 0; k < p->depth; k += PACK_DEPTH) {
+        const int64_t count = p->depth - k < PACK_DEPTH ? p->depth - k : PACK_DEPTH;
+        for (int n = 0; n < columns; n++) {
+            const int64_t row = (panel * COLUMNS + n) * job->weight->stride[0];
+            pack_column(job, data, n, (const char *)job->weight->data + row * bytes, k, count);
         }
     }
 }
