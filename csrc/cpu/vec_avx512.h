@@ -17,7 +17,7 @@
 #define V_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline)) V_TARGET
 #if defined(__clang__)
-#define V_UNROLL _Pragma("unroll")
+#define V_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define V_UNROLL _Pragma("GCC unroll 16")
 #endif

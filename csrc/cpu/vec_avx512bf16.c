@@ -119,7 +119,11 @@ static BF16_TARGET void dot_rows(float *c, int64_t ldc, const void *a_rows, int6
         for (; m + ROWS <= rows; m += ROWS) {
             dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, ROWS);
         }
-        for (; m < rows; m++) {
+        if (m + 2 <= rows) {
+            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, 2);
+            m += 2;
+        }
+        if (m < rows) {
             dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, 1);
         }
     }
@@ -195,32 +199,34 @@ BF16_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
     }
 }
 
+/* num_rows rows, 64 columns at a time and 32 at the end. */
+BF16_INLINE void add_strip(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
+                           const raddle_vec_rows *b, int width, int num_rows) {
+    int d = 0;
+    for (; d + 2 * LANES <= width; d += 2 * LANES) {
+        add_tile(c, ldc, p, ldp, b, d, 2 * LANES, num_rows, VECS);
+    }
+    for (; d < width; d += LANES) {
+        add_tile(c, ldc, p, ldp, b, d, width - d, num_rows, VECS / 2);
+    }
+}
+
 static BF16_TARGET void add_rows(float *c, int64_t ldc, const void *p_rows, int64_t ldp,
                                  const raddle_vec_rows *b, int rows, int width) {
     const uint16_t *p = p_rows;
     for (int n = 0; b->next && n < b->count; n++) {
         prefetch_row(b, n, width);
     }
-    for (int m = 0; m < rows;) {
-        const int num_rows = rows - m >= ROWS ? ROWS : 1;
-        float *cm = c + m * ldc;
-        const uint16_t *pm = p + m * ldp;
-        int d = 0;
-        for (; d + 2 * LANES <= width; d += 2 * LANES) {
-            if (num_rows == ROWS) {
-                add_tile(cm, ldc, pm, ldp, b, d, 2 * LANES, ROWS, VECS);
-            } else {
-                add_tile(cm, ldc, pm, ldp, b, d, 2 * LANES, 1, VECS);
-            }
-        }
-        for (; d < width; d += LANES) {
-            if (num_rows == ROWS) {
-                add_tile(cm, ldc, pm, ldp, b, d, width - d, ROWS, 2);
-            } else {
-                add_tile(cm, ldc, pm, ldp, b, d, width - d, 1, 2);
-            }
-        }
-        m += num_rows;
+    int m = 0;
+    for (; m + ROWS <= rows; m += ROWS) {
+        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, ROWS);
+    }
+    if (m + 2 <= rows) {
+        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 2);
+        m += 2;
+    }
+    if (m < rows) {
+        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 1);
     }
 }
 

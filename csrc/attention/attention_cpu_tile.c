@@ -1,0 +1,272 @@
+/* attention_cpu_tile.c - a tile of K and V tokens against the rows of a block of heads.
+ *
+ * Few rows per head: K and V are read where they lie, for all heads of the block in turn: all logits,
+ * then all weights, then all sums, so that the latency of one head's softmax hides behind another's,
+ * and K, then V, is read from end to end. Many rows: a head's K and V are packed once for all of them.
+ * A row multiplies only V rows that it sees: what lies in the others (NaN, say) cannot reach it.
+ */
+#include "attention/attention_cpu.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    PANEL_ROWS = 32, /* their logits (16 KB) stay in the first caches until they are weights */
+};
+
+/* ---------------------------------------------------------------- what a row sees */
+
+/* Entries of the tile that lie before token. */
+static int32_t entries_before(const attention_cpu_tile *tile, int64_t token) {
+    if (token <= tile->begin) {
+        return 0;
+    }
+    if (token >= tile->end) {
+        return tile->count;
+    }
+    if (tile->count == tile->end - tile->begin) {
+        return (int32_t)(token - tile->begin);
+    }
+    int32_t n = 0;
+    while (n < tile->count && tile->tokens->positions[n] < token) {
+        n++;
+    }
+    return n;
+}
+
+typedef struct entry_range {
+    int32_t first, last; /* [first, last) of a tile */
+} entry_range;
+
+/* What packed row sees of the tile. */
+static entry_range visible_entries(const attention_cpu_view *view, const attention_cpu_tile *tile,
+                                   int32_t row) {
+    const raddle_attention_params *params = view->job->params;
+    const raddle_attention_request *request = view->request;
+    const int64_t own = (int64_t)request->kv_len - request->qo_len + row / params->group_size;
+    entry_range range = {0, tile->count};
+    if (params->causal) {
+        range.last = entries_before(tile, own + 1);
+    }
+    if (params->window_left >= 0) {
+        range.first = entries_before(tile, own - params->window_left);
+    }
+    range.first = range.first < range.last ? range.first : range.last;
+    return range;
+}
+
+/* Whether all rows of the segment see all of the tile: what causality hides lies past the first
+ * row, what the window hides before the last. */
+static bool is_whole(const attention_cpu_view *view, const attention_cpu_tile *tile) {
+    const entry_range first = visible_entries(view, tile, view->segment->row_begin);
+    const entry_range last = visible_entries(view, tile, view->segment->row_end - 1);
+    return first.last == tile->count && last.first == 0;
+}
+
+/* ---------------------------------------------------------------- one head */
+
+/* One head of the block against one tile. */
+typedef struct tile_view {
+    const attention_cpu_view *view;
+    const attention_cpu_tile *tile;
+    bool is_whole; /* every row sees every token */
+    raddle_vec_rows k, v;
+    const char *q; /* [num_rows, head_dim_qk] */
+    float *state;  /* [num_rows, 2] */
+    float *acc;    /* [num_rows, head_dim_vo] */
+    float *logits; /* [num_rows, ld]; of PANEL_ROWS rows at a time when there are many */
+    char *weights; /* the same */
+    int64_t ld;
+} tile_view;
+
+/* Turns logits [first, last) of row r into weights relative to the row's new maximum, and rescales
+ * what was summed before. The logits still lack sm_scale. */
+static void weigh_row(const tile_view *t, int32_t r, entry_range range, const float *logits,
+                      char *weights) {
+    const attention_cpu_state *shared = t->view->job->state;
+    const float scale = t->view->job->params->sm_scale_log2;
+    const int32_t width = t->view->job->config->head_dim_vo;
+    float *state = t->state + 2 * (int64_t)r;
+    const int32_t count = range.last - range.first;
+    const float tile_max = shared->vec->max(logits + range.first, count) * scale;
+    const float max = tile_max > state[0] ? tile_max : state[0];
+    if (max != state[0]) {
+        const float factor = exp2f(state[0] - max);
+        shared->vec->scale(t->acc + (int64_t)r * width, width, factor);
+        state[1] *= factor;
+        state[0] = max;
+    }
+    state[1] +=
+        shared->block->exp2_to(weights + range.first * shared->operand_bytes, logits + range.first,
+                               count, scale, raddle_attention_cpu_base(max));
+}
+
+/* ---------------------------------------------------------------- few rows */
+
+static void few_logits(const tile_view *t) {
+    const int32_t depth = t->view->job->config->head_dim_qk;
+    t->view->job->state->block->dot_rows(t->logits, t->ld, t->q, depth, &t->k, t->view->num_rows,
+                                         depth);
+}
+
+static void few_weights(const tile_view *t) {
+    const int64_t row_bytes = t->ld * t->view->job->state->operand_bytes;
+    for (int32_t r = 0; r < t->view->num_rows; r++) {
+        entry_range range = {0, t->tile->count};
+        if (!t->is_whole) {
+            range = visible_entries(t->view, t->tile, t->view->segment->row_begin + r);
+        }
+        if (range.first < range.last) {
+            weigh_row(t, r, range, t->logits + r * t->ld, t->weights + r * row_bytes);
+        }
+    }
+}
+
+static void few_sums(const tile_view *t) {
+    const attention_cpu_state *shared = t->view->job->state;
+    const int32_t width = t->view->job->config->head_dim_vo;
+    if (t->is_whole) {
+        shared->block->add_rows(t->acc, width, t->weights, t->ld, &t->v, t->view->num_rows, width);
+        return;
+    }
+    for (int32_t r = 0; r < t->view->num_rows; r++) {
+        const entry_range range =
+            visible_entries(t->view, t->tile, t->view->segment->row_begin + r);
+        const raddle_vec_rows seen = {t->v.rows + range.first, NULL, t->v.offset,
+                                      range.last - range.first};
+        shared->block->add_rows(t->acc + (int64_t)r * width, width,
+                                t->weights + (r * t->ld + range.first) * shared->operand_bytes,
+                                t->ld, &seen, 1, width);
+    }
+}
+
+/* ---------------------------------------------------------------- many rows */
+
+/* A weight of 0 times infinity or NaN is NaN, so a panel that some row must not see all of may only
+ * be multiplied when it has neither. */
+static bool is_finite(const raddle_vec_rows *v, int32_t width, raddle_dtype dtype) {
+    const uint32_t exponent = dtype == RADDLE_F16 ? 0x7c00 : dtype == RADDLE_BF16 ? 0x7f80 : 0;
+    for (int n = 0; n < v->count; n++) {
+        uint32_t special = 0;
+        if (dtype == RADDLE_F32) {
+            const uint32_t *bits = (const uint32_t *)v->rows[n] + v->offset;
+            for (int32_t d = 0; d < width; d++) {
+                special |= (bits[d] & 0x7f800000u) == 0x7f800000u;
+            }
+        } else {
+            const uint16_t *bits = (const uint16_t *)v->rows[n] + v->offset;
+            for (int32_t d = 0; d < width; d++) {
+                special |= (bits[d] & exponent) == exponent;
+            }
+        }
+        if (special) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Rows [begin, end) against the packed tile: logits, weights (0 where a row does not see), sums. */
+static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
+    const attention_cpu_view *view = t->view;
+    const attention_cpu_state *shared = view->job->state;
+    const raddle_attention_config *config = view->job->config;
+    const int64_t ld = t->ld;
+    const int64_t bytes = shared->operand_bytes;
+    float *logits = t->logits;
+    char *weights = t->weights;
+    entry_range all = {0, t->tile->count};
+    if (!t->is_whole) {
+        all.first = visible_entries(view, t->tile, view->segment->row_begin + begin).first;
+        all.first -= all.first % RADDLE_VEC_PANEL_STEP;
+        all.last = visible_entries(view, t->tile, view->segment->row_begin + end - 1).last;
+        if (all.first >= all.last) {
+            return;
+        }
+    }
+    shared->block->dot_panel(logits, ld, t->q + begin * config->head_dim_qk * bytes,
+                             config->head_dim_qk, &view->scratch->k_panel, end - begin, all.first,
+                             all.last);
+    for (int32_t r = begin; r < end; r++) {
+        const float *row_logits = logits + (r - begin) * ld;
+        char *row_weights = weights + (r - begin) * ld * bytes;
+        entry_range range = all;
+        if (!t->is_whole) {
+            range = visible_entries(view, t->tile, view->segment->row_begin + r);
+            memset(row_weights + all.first * bytes, 0, (size_t)((range.first - all.first) * bytes));
+        }
+        if (range.first < range.last) {
+            weigh_row(t, r, range, row_logits, row_weights);
+        }
+        /* Past its last entry too, up to what add_panel reads. */
+        memset(row_weights + range.last * bytes, 0,
+               (size_t)((all.last + all.last % 2 - range.last) * bytes));
+    }
+    shared->block->add_panel(t->acc + (int64_t)begin * config->head_dim_vo, config->head_dim_vo,
+                             weights, ld, &view->scratch->v_panel, end - begin, all.first,
+                             all.last);
+}
+
+/* The tile is packed once for all rows. */
+static void attend_many(const tile_view *t) {
+    const attention_cpu_view *view = t->view;
+    const raddle_vec_block *block = view->job->state->block;
+    const int32_t width = view->job->config->head_dim_vo;
+    if (!t->is_whole && !is_finite(&t->v, width, view->job->config->kv_dtype)) {
+        few_logits(t);
+        few_weights(t);
+        few_sums(t);
+        return;
+    }
+    block->pack_dot(&view->scratch->k_panel, &t->k);
+    block->pack_add(&view->scratch->v_panel, &t->v);
+    for (int32_t r = 0; r < view->num_rows; r += PANEL_ROWS) {
+        const int32_t left = view->num_rows - r;
+        attend_panel_rows(t, r, left < PANEL_ROWS ? view->num_rows : r + PANEL_ROWS);
+    }
+}
+
+/* ---------------------------------------------------------------- all heads of the block */
+
+static void point_at_head(tile_view *t, const attention_cpu_tile *next, int32_t head) {
+    const raddle_attention_params *params = t->view->job->params;
+    const raddle_attention_config *config = t->view->job->config;
+    const attention_cpu_scratch *scratch = t->view->scratch;
+    const int64_t operand_bytes = t->view->job->state->operand_bytes;
+    const int64_t row = (int64_t)(head - t->view->head_begin) * t->view->num_rows;
+    const bool has_next = next->count > 0;
+    t->k = (raddle_vec_rows){t->tile->tokens->k_rows, has_next ? next->tokens->k_rows : NULL,
+                             head * params->k_stride_head, t->tile->count};
+    t->v = (raddle_vec_rows){t->tile->tokens->v_rows, has_next ? next->tokens->v_rows : NULL,
+                             head * params->v_stride_head, t->tile->count};
+    t->q = (const char *)scratch->q + row * config->head_dim_qk * operand_bytes;
+    t->state = scratch->chunk.state + 2 * row;
+    t->acc = scratch->chunk.acc + row * config->head_dim_vo;
+    t->logits = scratch->logits;
+    t->weights = scratch->weights;
+    t->ld = config->tile_kv;
+    if (t->view->num_rows < ATTENTION_CPU_MANY_ROWS) {
+        t->ld = ATTENTION_CPU_FEW_TILE_KV;
+        t->logits += row * t->ld;
+        t->weights += row * t->ld * operand_bytes;
+    }
+}
+
+void raddle_attention_cpu_attend(const attention_cpu_view *view, const attention_cpu_tile *tile,
+                                 const attention_cpu_tile *next) {
+    static void (*const few_phases[])(const tile_view *) = {few_logits, few_weights, few_sums};
+    tile_view t = {.view = view, .tile = tile, .is_whole = is_whole(view, tile)};
+    if (view->num_rows >= ATTENTION_CPU_MANY_ROWS) {
+        for (int32_t head = view->head_begin; head < view->head_end; head++) {
+            point_at_head(&t, next, head);
+            attend_many(&t);
+        }
+        return;
+    }
+    for (int phase = 0; phase < 3; phase++) {
+        for (int32_t head = view->head_begin; head < view->head_end; head++) {
+            point_at_head(&t, next, head);
+            few_phases[phase](&t);
+        }
+    }
+}
