@@ -28,7 +28,7 @@ def skip_unless_supported(device, *dtypes):
 
 
 def run_batch(
-    batch, device, *, num_qo_heads, num_kv_heads, head_dim, decode=False, spare=0, **options
+    batch, device, *, num_qo_heads, num_kv_heads, head_dim, decode=False, limits=None, **options
 ):
     """Plans and runs batch; returns float64 (out, lse)."""
     head_dim_vo = batch.v.shape[-1]
@@ -42,17 +42,20 @@ def run_batch(
         dtype=batch.dtype,
         kv_dtype=batch.kv_dtype,
         kv_layout=batch.layout,
-        max_batch=len(batch.kv_lens) + spare,
-        max_pages=len(batch.indices) + spare,
+        max_batch=len(batch.kv_lens),
+        max_pages=len(batch.indices),
         lse_base=lse_base,
         device=device,
         **options,
     )
+    if not decode:
+        spec["max_qo_tokens"] = sum(batch.qo_lens)
+    spec.update(limits or {})
     if decode:
         plan = BatchDecode(**spec)
         plan.plan(batch.indptr, batch.indices, batch.last_page_len)
     else:
-        plan = BatchPrefill(max_qo_tokens=sum(batch.qo_lens) + spare, **spec)
+        plan = BatchPrefill(**spec)
         plan.plan(batch.qo_indptr, batch.indptr, batch.indices, batch.last_page_len)
     q = place(batch.q, batch.dtype, device)
     out, lse = plan.run(q, place(batch.kv_cache, batch.kv_dtype, device), return_lse=True)
@@ -290,7 +293,9 @@ def test_fixed_chunk_does_not_depend_on_the_batch(rng, device, qo_len):
     heads = dict(num_qo_heads=8, num_kv_heads=2, head_dim=64)
     lens = [700, 64, 90, 1500, 65]
     batch = Batch(rng, lens, qo_lens=[qo_len] * 5, **heads)
-    options = dict(fixed_chunk=64, causal=True, **heads)
+    # The promise is one plan's: what its maxima are decides which kernel runs.
+    limits = dict(max_batch=5, max_pages=len(batch.indices), max_qo_tokens=5 * qo_len)
+    options = dict(fixed_chunk=64, causal=True, limits=limits, **heads)
     together, _, _ = run_batch(batch, device, **options)
     assert_close(together, batch.expected(causal=True)[0], "bfloat16")
     for r in range(len(lens)):

@@ -105,8 +105,9 @@ class BatchDecode(_PagedAttention):
     cache and o_dtype of the result default to it. max_batch requests and max_pages page ids (or
     block_table entries) are the most that any plan() will bring. sm_scale defaults to
     1/sqrt(head_dim). fixed_chunk > 0 (a multiple of 64 tokens) makes each request's result
-    independent, bit for bit, of what else is in the batch. max_ctas bounds the CTAs (CPU: threads)
-    that run() uses."""
+    independent, bit for bit, of what else is in the batches of a plan with these arguments.
+    max_ctas bounds the CTAs (CPU: threads) that run() uses.
+    """
 
     def __init__(
         self,
