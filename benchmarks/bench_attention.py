@@ -168,7 +168,7 @@ def main():
     if args.device == "cpu":
         torch.set_num_threads(_core.settings()["cpu_threads"])
     dtypes = [torch.bfloat16] if args.device == "cuda" else [torch.bfloat16, torch.float32]
-    ceilings = {"read GB/s": common.measure_read(args.device, 128 << 20, args.repeat)}
+    ceilings = {"read GB/s": common.measure_read(args.device, 512 << 20, args.repeat)}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         ceilings[f"{name} matmul TFLOP/s"] = common.measure_matmul(args.device, dtype, args.repeat)

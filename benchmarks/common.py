@@ -91,15 +91,10 @@ def measure_read(device, num_bytes, repeat):
     import torch
     from raddle import _core
 
-    if device == "cpu":
-        copies = copies_to_rotate(device, num_bytes)
-        blocks = [torch.ones(num_bytes // 4, dtype=torch.float32) for _ in range(copies)]
-        (us,) = time_cpu([[lambda b=b: _core.memory_checksum(b) for b in blocks]], repeat)
-        return num_bytes / us / 1e3
-    block = torch.ones(1 << 28, dtype=torch.float32, device="cuda")
-    other = torch.empty_like(block)
-    (us,) = time_cuda([[lambda: other.copy_(block)]], repeat, calls=4)
-    return 2 * block.numel() * 4 / us / 1e3
+    copies = copies_to_rotate(device, num_bytes)
+    blocks = [torch.ones(num_bytes // 4, device=device) for _ in range(copies)]
+    (us,) = time_sides(device, [[lambda b=b: _core.memory_read(b) for b in blocks]], repeat)
+    return num_bytes / us / 1e3
 
 
 def measure_matmul(device, dtype, repeat):

@@ -25,39 +25,43 @@ static PyObject *tensor_open(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(memory_checksum_doc, "memory_checksum(tensor, /)\n--\n\n"
-                                  "Exclusive or of a contiguous CPU tensor's 64-bit words, read "
-                                  "once by all threads.");
+PyDoc_STRVAR(memory_read_doc, "memory_read(tensor, /)\n--\n\n"
+                              "Read a contiguous tensor once: on the CPU by all threads, on a GPU "
+                              "queued on the current stream.");
 
-static PyObject *memory_checksum(PyObject *module, PyObject *object) {
+static raddle_status read_memory(const raddle_tensor *tensor, raddle_stream stream) {
+    RADDLE_REQUIRE(raddle_tensor_is_contiguous(tensor), RADDLE_ERR_SHAPE,
+                   "tensor: expected contiguous memory; make a contiguous copy");
+    RADDLE_TRY(raddle_tensor_check_aligned(tensor, 16));
+    const size_t bytes = (size_t)raddle_tensor_count(tensor) * raddle_dtype_bytes(tensor->dtype);
+    if (tensor->device.type == RADDLE_CUDA) {
+        return raddle_measure_read(tensor->device.index, tensor->data, bytes, stream);
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    (void)raddle_measure_checksum(tensor->data, bytes);
+    Py_END_ALLOW_THREADS;
+    return RADDLE_OK;
+}
+
+static PyObject *memory_read(PyObject *module, PyObject *object) {
     (void)module;
     raddle_tensor_arg arg = {0};
+    raddle_stream stream = NULL;
     if (raddle_tensor_arg_open(object, "tensor", RADDLE_ARG_READ, RADDLE_DTYPE_NONE, &arg) < 0) {
         return NULL;
     }
-    const raddle_device cpu = {.type = RADDLE_CPU};
-    raddle_status status = raddle_tensor_check_device(&arg.tensor, cpu);
-    if (status == RADDLE_OK && !raddle_tensor_is_contiguous(&arg.tensor)) {
-        status = raddle_fail(RADDLE_ERR_SHAPE, "tensor: expected contiguous memory");
+    if (raddle_stream_from_args(Py_None, &arg, 1, &stream) < 0) {
+        raddle_tensor_arg_close(&arg);
+        return NULL;
     }
-    if (status == RADDLE_OK && (uintptr_t)arg.tensor.data % sizeof(uint64_t) != 0) {
-        status = raddle_fail(RADDLE_ERR_SHAPE, "tensor: expected memory aligned to 8 bytes");
-    }
-    uint64_t sum = 0;
-    if (status == RADDLE_OK) {
-        const size_t bytes =
-            (size_t)raddle_tensor_count(&arg.tensor) * raddle_dtype_bytes(arg.tensor.dtype);
-        Py_BEGIN_ALLOW_THREADS;
-        sum = raddle_measure_checksum(arg.tensor.data, bytes);
-        Py_END_ALLOW_THREADS;
-    }
+    const raddle_status status = read_memory(&arg.tensor, stream);
     raddle_tensor_arg_close(&arg);
-    return status == RADDLE_OK ? PyLong_FromUnsignedLongLong(sum) : raddle_raise(status);
+    return status == RADDLE_OK ? Py_NewRef(Py_None) : raddle_raise(status);
 }
 
 static PyMethodDef functions[] = {
     {"tensor_open", tensor_open, METH_VARARGS, tensor_open_doc},
-    {"memory_checksum", memory_checksum, METH_O, memory_checksum_doc},
+    {"memory_read", memory_read, METH_O, memory_read_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -147,9 +147,24 @@ static raddle_status get_ops_config(int index, const char **out_name, char *out_
     return raddle_ops_kernel_config(index, out_name, out_config, config_bytes);
 }
 
+static int count_measure_configs(void) {
+    return 1;
+}
+
+static raddle_status get_measure_config(int index, const char **out_name, char *out_config,
+                                        size_t config_bytes, bool *out_hopper_only) {
+    (void)index;
+    (void)config_bytes;
+    *out_name = "measure/measure_read";
+    out_config[0] = '\0';
+    *out_hopper_only = false;
+    return RADDLE_OK;
+}
+
 static const config_family config_families[] = {
     {raddle_attention_num_kernel_configs, raddle_attention_kernel_config},
     {raddle_ops_num_kernel_configs, get_ops_config},
+    {count_measure_configs, get_measure_config},
 };
 
 static int append_config(PyObject *list, const config_family *family, int index) {
