@@ -7,7 +7,8 @@
 typedef struct raddle_measure_params {
     const void *data; /* 16-byte aligned */
     int64_t chunks;   /* of 16 bytes */
+    uint32_t *sink;   /* NULL; a place that keeps the compiler from dropping the loads */
 } raddle_measure_params;
-RADDLE_ASSERT_SIZE(raddle_measure_params, 16);
+RADDLE_ASSERT_SIZE(raddle_measure_params, 24);
 
 #endif

@@ -19,6 +19,10 @@ __device__ __forceinline__ uint4 load(const uint4 *from) {
     return value;
 }
 
+__device__ __forceinline__ uint32_t fold(uint4 value) {
+    return value.x ^ value.y ^ value.z ^ value.w;
+}
+
 } // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -26,13 +30,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const uint4 *data = static_cast<const uint4 *>(p.data);
     const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS * UNROLL;
     int64_t at = static_cast<int64_t>(blockIdx.x) * THREADS * UNROLL + threadIdx.x;
+    uint32_t sum = 0;
     for (; at + (UNROLL - 1) * THREADS < p.chunks; at += step) {
+        uint4 values[UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
-            load(data + at + i * THREADS); /* volatile: not dropped though nobody looks */
+            values[i] = load(data + at + i * THREADS);
+        }
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            sum ^= fold(values[i]);
         }
     }
     for (int i = 0; i < UNROLL && at + i * THREADS < p.chunks; i++) {
-        load(data + at + i * THREADS);
+        sum ^= fold(load(data + at + i * THREADS));
+    }
+    if (p.sink != nullptr) {
+        *p.sink = sum;
     }
 }
