@@ -146,11 +146,14 @@ def decode_step(engine, batch, repeat):
 
     rng = np.random.default_rng(0)
     steps = repeat + 8
-    params = SamplingParams(max_tokens=steps + 8, temperature=0, ignore_eos=True, stream=False)
-    length = CONTEXT - steps // 2
+    # While later prompts are read, earlier ones decode: about a step for each prompt.
+    params = SamplingParams(
+        max_tokens=steps + 2 * batch + 8, temperature=0, ignore_eos=True, stream=False
+    )
+    length = CONTEXT - steps // 2 - batch // 2
     for _ in range(batch):
         engine.add_request(rng.integers(0, engine.config.vocab_size, length).tolist(), params)
-    while engine.num_output_tokens % batch or engine.num_waiting or engine.is_reading:
+    while engine.num_waiting or engine.is_reading:
         engine.step()
     samples = []
     for _ in range(steps):

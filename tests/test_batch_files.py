@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -205,11 +206,16 @@ def test_ctrl_c(model, tmp_path):
     source = write(tmp_path / "in.jsonl", [line(f"r{i}", max_tokens=200) for i in range(400)])
     out = tmp_path / "out.jsonl"
     process = subprocess.Popen(
-        command(model, source, "-o", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(model, source, "-o", out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job inherits an ignored SIGINT, and Python then leaves it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not (out.exists() and out.stat().st_size):
         threading.Event().wait(0.005)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert f"keeps {len(read(out))} of 400 results; run the same command" in errors
