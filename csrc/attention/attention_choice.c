@@ -1,10 +1,9 @@
 /* attention_choice.c - which CUDA kernel a plan runs. Every constant cites the measurement it comes
- * from.
+ * from (H100 80GB HBM3, CUDA 13.0; 32/8 heads, head_dim 128, bf16 unless said).
  *
- * Up to 16 packed rows (query heads of a group x query tokens of a request) go to the decode
- * kernel, which holds K, V and outputs in registers: a second tile of 8 rows still fits, more do
- * not, and reading K/V again for each 8 rows would cost more L2 traffic than the prefill kernel's
- * shared memory saves.
+ * Few packed rows (query heads of a group x query tokens of a request) go to the decode kernel,
+ * which holds K, V and outputs in registers: up to 16 rows in one tile, up to twice as many in two
+ * tiles, the second of which finds K and V in the L2. More go to the prefill kernel.
  */
 #include "attention/attention_choice.h"
 
@@ -21,18 +20,24 @@ enum {
     DECODE_REGISTERS = 200,
     DECODE_REGISTERS_TWO_CTAS = 90,
     DECODE_REGISTERS_ONE_STAGE = 196,
-    DECODE_STATIC_BYTES = 10 * 1024, /* at least the warps' notes */
-    PREFILL_STATIC_BYTES = 6 * 1024, /* at least the threads' lookups */
+    DECODE_MAX_ROW_TILES = 2,
 
-    /* Wide items read long rows, narrow ones merge in parallel: as wide as leaves this many items
-       per batch. */
-    DECODE_MIN_ITEMS = 64,
-    /* What one SM would have read in the 1.5 to 2 us that a cut costs: 24 GB/s x 1.75 us (H100,
-       decode-direct probe). */
+    /* Narrow items merge in parallel: 1 x 32768 takes 55 us with 1 or 2 heads per item, 65 with 4,
+     * 102 with 8; one 65536 + 63 x 512 146 us with 2, 174 with 8. Wide ones gain nothing by longer
+     * rows (64 x 4096: 366 to 368 us with any), but 2 heads start half as many segments as 1 when
+     * requests are many. */
+    DECODE_HEADS_PER_ITEM = 2,
+    DECODE_MIN_ITEMS = 256,
+    /* What one SM would have read in the 1.5 to 2 us that a cut costs: 24 GB/s x 1.75 us. */
     DECODE_SEGMENT_BYTES = 40 * 1024,
     /* A cut costs a prefill worker about one tile of K/V: first loads, partials of all rows, merge.
      */
     PREFILL_SEGMENT_COST = RADDLE_PREFILL_TILE_KV,
+
+    /* Shared memory besides what the kernels are asked for: static (at least), and the driver's. */
+    DECODE_STATIC_BYTES = 10 * 1024,
+    PREFILL_STATIC_BYTES = 5200,
+    CTA_RESERVED_BYTES = 1024,
 };
 
 /* ---------------------------------------------------------------- config lines */
@@ -71,8 +76,8 @@ typedef struct decode_shape {
 
 /* False when the rows do not fit in registers. */
 static bool shape_decode(const raddle_attention_config *config, int32_t rows, decode_shape *shape) {
-    const int32_t k_chunks = (config->head_dim_qk + 31) / 32,
-                  v_chunks = (config->head_dim_vo + 63) / 64;
+    const int32_t k_chunks = (config->head_dim_qk + 31) / 32;
+    const int32_t v_chunks = (config->head_dim_vo + 63) / 64;
     shape->row_tiles = (rows + RADDLE_DECODE_ROWS - 1) / RADDLE_DECODE_ROWS;
     const int32_t tile = 8 * k_chunks + 16 * v_chunks;
     const int32_t out = 16 * v_chunks * shape->row_tiles;
@@ -82,38 +87,50 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
     if (2 * tile + out + q <= DECODE_REGISTERS) {
         shape->stages = 2;
         shape->ctas_per_sm = 2 * tile + out + q <= DECODE_REGISTERS_TWO_CTAS ? 2 : 1;
-        return shape->row_tiles <= 2;
+        return true;
     }
     shape->stages = 1;
     shape->q_in_shared = tile + out + q > DECODE_REGISTERS_ONE_STAGE;
-    return shape->row_tiles <= 2 && tile + out <= DECODE_REGISTERS_ONE_STAGE;
+    return tile + out <= DECODE_REGISTERS_ONE_STAGE;
 }
 
-/* The widest item of 8, 4, 2 or 1 whole K/V heads that leaves enough items. In fixed-chunk mode the
- * width shapes the order of additions, so that it follows from the heads alone. */
+/* Rows of one tile when a request has `rows`; 0 when the prefill kernel should take them. */
+static int32_t decode_tile_rows(const raddle_attention_config *config, int64_t rows,
+                                decode_shape *shape) {
+    for (int32_t most = 2 * RADDLE_DECODE_ROWS; most > 0; most -= RADDLE_DECODE_ROWS) {
+        const int64_t tiles = (rows + most - 1) / most;
+        if (tiles <= DECODE_MAX_ROW_TILES) {
+            const int32_t tile_rows = (int32_t)((rows + tiles - 1) / tiles);
+            if (shape_decode(config, tile_rows, shape)) {
+                return tile_rows;
+            }
+        }
+    }
+    return 0;
+}
+
+/* In fixed-chunk mode the width shapes the order of additions, so that it follows from the heads
+ * alone. */
 static int32_t choose_heads_per_item(const raddle_attention_spec *spec,
                                      const raddle_attention_config *config) {
-    int32_t heads = spec->fixed_chunk > 0 ? 2 : RADDLE_DECODE_WARPS;
-    while (heads > 1 &&
-           (config->num_kv_heads % heads != 0 ||
-            (spec->fixed_chunk == 0 &&
-             (int64_t)spec->max_batch * (config->num_kv_heads / heads) < DECODE_MIN_ITEMS))) {
-        heads /= 2;
-    }
-    return heads;
+    const int32_t heads = DECODE_HEADS_PER_ITEM;
+    const int64_t items = (int64_t)spec->max_batch * (config->num_kv_heads / heads);
+    const bool wide = spec->fixed_chunk > 0 || items >= DECODE_MIN_ITEMS;
+    return wide && config->num_kv_heads % heads == 0 ? heads : 1;
 }
 
 static bool choose_decode(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                          const raddle_attention_machine *machine, int32_t rows,
+                          const raddle_attention_machine *machine, int64_t rows,
                           raddle_attention_choice *choice) {
     decode_shape shape;
-    if (!shape_decode(config, rows, &shape)) {
+    const int32_t tile_rows = decode_tile_rows(config, rows, &shape);
+    if (tile_rows == 0) {
         return false;
     }
     const int32_t heads = choose_heads_per_item(spec, config);
-    const int32_t shared =
-        raddle_decode_shared_bytes(rows, shape.row_tiles, config->head_dim_qk, config->head_dim_vo,
-                                   heads, shape.q_in_shared, spec->fixed_chunk > 0);
+    const int32_t shared = raddle_decode_shared_bytes(
+        tile_rows, shape.row_tiles, config->head_dim_qk, config->head_dim_vo, heads,
+        shape.q_in_shared, spec->fixed_chunk > 0);
     if (shared + DECODE_STATIC_BYTES > machine->shared_bytes) {
         return false;
     }
@@ -124,7 +141,7 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
         .block_threads = 32 * RADDLE_DECODE_WARPS,
         .ctas_per_sm = shape.ctas_per_sm,
         .shared_bytes = shared,
-        .tile_rows = rows,
+        .tile_rows = tile_rows,
         .tile_kv = RADDLE_DECODE_TILE_KV,
         .heads_per_item = heads,
         .segment_cost = DECODE_SEGMENT_BYTES / shape.ctas_per_sm / token_bytes + 1,
@@ -139,40 +156,58 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
 
 /* ---------------------------------------------------------------- prefill */
 
-/* 128 rows per CTA read each K/V tile half as often as 64, where the outputs leave registers for it
- * (compiled for sm_80 and sm_90a without a spill; 128 is the common head_dim, its neighbours spill
- * a few bytes). */
-static int32_t prefill_rows(const raddle_attention_config *config, int64_t rows) {
-    const bool wide =
-        config->head_dim_vo <= 96 || (config->head_dim_vo == 128 && config->head_dim_qk == 128);
-    return wide && rows > 64 ? 128 : 64;
+/* In order of preference: 128 rows read each K/V tile half as often as 64, two stages load a whole
+ * tile ahead. */
+static const struct { int32_t tile_rows, stages; } prefill_forms[] = {{128, 2}, {64, 2}, {64, 1}};
+
+enum { NUM_PREFILL_FORMS = sizeof(prefill_forms) / sizeof(prefill_forms[0]) };
+
+/* Whether the outputs of the rows leave registers for the rest (compiled for sm_80 and sm_90a
+ * without a spill; 128 is the common head_dim, its neighbours spill a few bytes). */
+static bool has_registers_for(const raddle_attention_config *config, int32_t tile_rows) {
+    return tile_rows == 64 || config->head_dim_vo <= 96 ||
+           (config->head_dim_vo == 128 && config->head_dim_qk == 128);
 }
 
-static int32_t prefill_ctas_per_sm(const raddle_attention_config *config, int32_t tile_rows) {
-    if (tile_rows == 128 || config->head_dim_vo > 128) {
-        return 2;
+static int32_t prefill_shared_bytes(const raddle_attention_spec *spec,
+                                    const raddle_attention_config *config, int form) {
+    return raddle_prefill_shared_bytes(prefill_forms[form].tile_rows, prefill_forms[form].stages,
+                                       config->head_dim_qk, config->head_dim_vo,
+                                       spec->fixed_chunk > 0);
+}
+
+/* The first form of which two CTAs fit on an SM, else the smallest. */
+static int choose_prefill_form(const raddle_attention_spec *spec,
+                               const raddle_attention_config *config,
+                               const raddle_attention_machine *machine, int64_t rows) {
+    for (int form = rows > 64 ? 0 : 1; form < NUM_PREFILL_FORMS; form++) {
+        const int32_t bytes =
+            prefill_shared_bytes(spec, config, form) + PREFILL_STATIC_BYTES + CTA_RESERVED_BYTES;
+        if (has_registers_for(config, prefill_forms[form].tile_rows) &&
+            2 * bytes <= machine->shared_bytes + CTA_RESERVED_BYTES) {
+            return form;
+        }
     }
-    return config->head_dim_vo > 64 ? 3 : 4;
+    return NUM_PREFILL_FORMS - 1;
 }
 
-static bool choose_prefill(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                           const raddle_attention_machine *machine, int32_t tile_rows,
+static void choose_prefill(const raddle_attention_spec *spec, const raddle_attention_config *config,
+                           const raddle_attention_machine *machine, int64_t rows,
                            raddle_attention_choice *choice) {
-    const int32_t shared = raddle_prefill_shared_bytes(tile_rows, config->head_dim_qk,
-                                                       config->head_dim_vo, spec->fixed_chunk > 0);
+    const int form = choose_prefill_form(spec, config, machine, rows);
     *choice = (raddle_attention_choice){
         .kernel = "attention/attention_prefill",
         .block_threads = 32 * RADDLE_PREFILL_WARPS,
-        .ctas_per_sm = prefill_ctas_per_sm(config, tile_rows),
-        .shared_bytes = shared,
-        .tile_rows = tile_rows,
+        .ctas_per_sm = 2,
+        .shared_bytes = prefill_shared_bytes(spec, config, form),
+        .tile_rows = prefill_forms[form].tile_rows,
         .tile_kv = RADDLE_PREFILL_TILE_KV,
         .heads_per_item = 1,
         .segment_cost = PREFILL_SEGMENT_COST,
     };
     define_common(config, choice);
-    define_int(choice->config, "TILE_ROWS", tile_rows);
-    return shared + PREFILL_STATIC_BYTES <= machine->shared_bytes;
+    define_int(choice->config, "TILE_ROWS", choice->tile_rows);
+    define_int(choice->config, "STAGES", prefill_forms[form].stages);
 }
 
 /* ---------------------------------------------------------------- choice */
@@ -214,20 +249,17 @@ raddle_status raddle_attention_choose(const raddle_attention_spec *spec,
     /* The most packed rows of one request. */
     const int64_t tokens = spec->max_qo_len > 0 ? spec->max_qo_len : spec->max_qo_tokens;
     const int64_t rows = tokens * config->group_size;
-    if (rows <= 2 * RADDLE_DECODE_ROWS &&
-        choose_decode(spec, config, machine, (int32_t)rows, out_choice)) {
-        return RADDLE_OK;
-    }
-    for (int32_t tile_rows = prefill_rows(config, rows); tile_rows >= 64; tile_rows /= 2) {
-        if (choose_prefill(spec, config, machine, tile_rows, out_choice)) {
-            return RADDLE_OK;
-        }
-    }
-    return raddle_fail(RADDLE_ERR_UNSUPPORTED,
+    raddle_attention_choice choice;
+    if (!choose_decode(spec, config, machine, rows, &choice)) {
+        choose_prefill(spec, config, machine, rows, &choice);
+        RADDLE_REQUIRE(choice.shared_bytes + PREFILL_STATIC_BYTES <= machine->shared_bytes,
+                       RADDLE_ERR_UNSUPPORTED,
                        "attention on CUDA cannot run this: head_dim %d and %d%s need %d bytes of "
                        "shared memory per CTA, the GPU has %d",
                        (int)config->head_dim_qk, (int)config->head_dim_vo,
                        spec->fixed_chunk > 0 ? " in fixed-chunk mode" : "",
-                       (int)out_choice->shared_bytes + PREFILL_STATIC_BYTES,
-                       (int)machine->shared_bytes);
+                       (int)choice.shared_bytes + PREFILL_STATIC_BYTES, (int)machine->shared_bytes);
+    }
+    *out_choice = choice;
+    return RADDLE_OK;
 }

@@ -13,6 +13,11 @@
 #include "base/tensor.h"
 #include "cuda/kernel.h"
 
+enum {
+    ATTRIBUTE_SHARED_CARVEOUT = 9,  /* CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT */
+    CTA_OVERHEAD_BYTES = 10 * 1024, /* static shared memory and the driver's own, at least */
+};
+
 typedef struct cuda_plan_state {
     const raddle_cuda_device *device;
     const raddle_kernel *kernel;
@@ -29,6 +34,13 @@ static raddle_status count_workers(const cuda_plan_state *state,
                                    const raddle_attention_choice *choice, int32_t max_ctas,
                                    int32_t *out_workers) {
     const raddle_cuda_device *device = state->device;
+    /* A hint: as much of the SM's memory as shared memory as these CTAs need. */
+    const int needed = choice->ctas_per_sm * (choice->shared_bytes + CTA_OVERHEAD_BYTES);
+    const int percent = 100 * (needed / 1024 + 1) / (device->shared_bytes_optin / 1024 + 1);
+    RADDLE_TRY(raddle_cuda_check(device->driver->func_set_attribute(state->kernel->function,
+                                                                    ATTRIBUTE_SHARED_CARVEOUT,
+                                                                    percent < 100 ? percent : 100),
+                                 "setting the shared memory carve-out of an attention kernel"));
     int resident = 0;
     RADDLE_TRY(raddle_cuda_check(device->driver->occupancy(&resident, state->kernel->function,
                                                            choice->block_threads,
@@ -112,14 +124,10 @@ typedef struct common_plan {
 } common_plan;
 
 static const common_plan common_plans[] = {
-    /* Decode: 1, 2, 4 and 8 heads per item. */
+    /* Decode: one head per item, or two when requests are many. */
     {RADDLE_BF16, 128, 128, 4, 1, 8, 1},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 16},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 32},
     {RADDLE_BF16, 128, 128, 4, 1, 8, 64},
     {RADDLE_BF16, 64, 64, 4, 1, 8, 1},
-    {RADDLE_BF16, 64, 64, 4, 1, 8, 16},
-    {RADDLE_BF16, 64, 64, 4, 1, 8, 32},
     {RADDLE_BF16, 64, 64, 4, 1, 8, 64},
     {RADDLE_BF16, 256, 256, 4, 1, 8, 1},
     {RADDLE_BF16, 256, 256, 4, 1, 8, 64},
@@ -141,7 +149,7 @@ static const common_plan common_plans[] = {
     {RADDLE_BF16, 80, 80, 16, 1, 8, 1},
     {RADDLE_BF16, 192, 192, 16, 1, 8, 1},
     {RADDLE_F16, 128, 128, 16, 1, 8, 1},
-    /* Prefill: 128 rows, then 64. */
+    /* Prefill: 128 rows, then 64 with two stages and with one. */
     {RADDLE_BF16, 128, 128, 4, 512, 8, 1},
     {RADDLE_BF16, 64, 64, 4, 512, 8, 1},
     {RADDLE_BF16, 80, 80, 4, 512, 8, 1},
@@ -149,8 +157,8 @@ static const common_plan common_plans[] = {
     {RADDLE_BF16, 8, 8, 4, 512, 8, 1},
     {RADDLE_F16, 128, 128, 4, 512, 8, 1},
     {RADDLE_F16, 64, 64, 4, 512, 8, 1},
-    {RADDLE_BF16, 128, 128, 32, 1, 1, 1},
-    {RADDLE_BF16, 64, 64, 32, 1, 1, 1},
+    {RADDLE_BF16, 128, 128, 48, 1, 1, 1},
+    {RADDLE_BF16, 64, 64, 48, 1, 1, 1},
     {RADDLE_BF16, 112, 112, 4, 512, 8, 1},
     {RADDLE_BF16, 192, 192, 4, 512, 8, 1},
     {RADDLE_BF16, 192, 128, 4, 512, 8, 1},
@@ -201,7 +209,7 @@ static raddle_status choose_common(const common_plan *common, raddle_attention_c
         .group_size = common->group_size,
     };
     const raddle_attention_machine machine = {
-        .arch = 80, .num_sms = 108, .shared_bytes = 163 * 1024};
+        .arch = 90, .num_sms = 132, .shared_bytes = 227 * 1024};
     return raddle_attention_choose(&spec, &config, &machine, choice);
 }
 

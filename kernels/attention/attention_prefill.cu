@@ -36,6 +36,7 @@ using out_type = RADDLE_OUT_TYPE;
 constexpr int HEAD_DIM_QK = RADDLE_HEAD_DIM_QK;
 constexpr int HEAD_DIM_VO = RADDLE_HEAD_DIM_VO;
 constexpr int TILE_ROWS = RADDLE_TILE_ROWS;
+constexpr int STAGES = RADDLE_STAGES; /* tiles of K and of V in shared memory */
 
 constexpr int WARPS = RADDLE_PREFILL_WARPS;
 constexpr int THREADS = 32 * WARPS;
@@ -50,39 +51,43 @@ constexpr int MERGE_IN_FLIGHT = 8;
 
 static_assert(TILE_ROWS % (16 * WARPS) == 0, "a warp has whole mma tiles of rows");
 static_assert(HEAD_DIM_QK % 8 == 0 && HEAD_DIM_VO % 8 == 0, "rows are copied in chunks of 8");
+static_assert(STAGES == 1 || STAGES == 2, "the row addresses have two buffers");
+static_assert(TILE_ROWS <= THREADS, "one thread per row of Q");
 static_assert(TILE_KV == 64 && THREADS == 2 * TILE_KV, "one thread per row of K and of V");
 
 /* What a row outside the range or the pool reads instead. */
 __device__ uint4 zeros[32];
 
 struct shared_map {
-    char *q, *k, *v;
-    const char **rows; /* [2 buffers, K and V, TILE_KV]: addresses */
-    uint32_t *valid;   /* [2 buffers, 2]: bit t: token t is there */
-    float *fold_out;   /* [DIM_TILES * 4 * ROW_TILES, THREADS] */
-    float *fold_state; /* [ROW_TILES * 2 rows * 2, THREADS] */
+    char *q, *k, *v;     /* k, v: [STAGES] tiles */
+    const char **q_rows; /* [TILE_ROWS]: addresses */
+    const char **rows;   /* [2, K and V, TILE_KV]: the same of tile t in buffer t % 2 */
+    uint32_t *valid;     /* [4, 2]: bit i: token i of tile t is there, in buffer t % 4 */
+    float *fold_out;     /* [DIM_TILES * 4 * ROW_TILES, THREADS] */
+    float *fold_state;   /* [ROW_TILES * 2 rows * 2, THREADS] */
 };
 
 __device__ __forceinline__ shared_map map_shared(char *base) {
     shared_map m;
     m.q = base;
     m.k = m.q + TILE_ROWS * QK_ROW;
-    m.v = m.k + TILE_KV * QK_ROW;
-    m.rows = (const char **)(m.v + TILE_KV * VO_ROW);
+    m.v = m.k + STAGES * TILE_KV * QK_ROW;
+    m.q_rows = (const char **)(m.v + STAGES * TILE_KV * VO_ROW);
+    m.rows = m.q_rows + TILE_ROWS;
     m.valid = (uint32_t *)(m.rows + 4 * TILE_KV);
-    m.fold_out = (float *)(m.valid + 4);
+    m.fold_out = (float *)(m.valid + 8);
     m.fold_state = m.fold_out + DIM_TILES * 4 * ROW_TILES * THREADS;
     return m;
 }
 
 /* ------------------------------------------------------------------ addresses */
 
-/* A run of tokens of one segment. */
+/* A run of tokens of one segment that is summed up at once. */
 struct piece {
-    int32_t segment;
+    int32_t segment; /* -1: the worker's list is at its end */
     int32_t begin, end;
     int32_t full_begin, full_end; /* tiles inside see no mask */
-    int32_t num_tiles;
+    int32_t num_tiles;            /* at least 1: an empty piece has a tile without tokens */
 };
 
 /* Where each thread looks: threads 0..63 up K of the tile's tokens, 64..127 their V. Kept in shared
@@ -136,9 +141,9 @@ __device__ __forceinline__ int32_t start_lookup(const raddle_attention_params &p
     return fetch_page(p, token, end, entry);
 }
 
-/* Notes where the rows of the next tile lie, and turns to the one after it: returns its page. */
+/* Notes where the rows of tile `tile` lie, and turns to the one after it: returns its page. */
 __device__ __forceinline__ int32_t note_rows(const raddle_attention_params &p, const shared_map &m,
-                                             int buffer, int32_t page, lookup &at) {
+                                             int tile, int32_t page, lookup &at) {
     const int thread = thread_here();
     int32_t token = at.token[thread], entry = at.entry[thread], offset = at.offset[thread];
     const int32_t end = at.end[thread];
@@ -150,10 +155,10 @@ __device__ __forceinline__ int32_t note_rows(const raddle_attention_params &p, c
     const bool there = in_range && in_pool;
     const char *row =
         at.base[thread] + page * at.page_bytes[thread] + offset * at.token_bytes[thread];
-    m.rows[2 * TILE_KV * buffer + thread] = there ? row : (const char *)zeros;
+    m.rows[2 * TILE_KV * (tile % 2) + thread] = there ? row : (const char *)zeros;
     const uint32_t valid = __ballot_sync(ALL_LANES, there);
     if (thread % 32 == 0 && thread < TILE_KV) {
-        m.valid[2 * buffer + thread / 32] = valid;
+        m.valid[2 * (tile % 4) + thread / 32] = valid;
     }
     token += TILE_KV;
     offset += TILE_KV;
@@ -170,10 +175,10 @@ __device__ __forceinline__ int32_t note_rows(const raddle_attention_params &p, c
 
 /* ------------------------------------------------------------------ copies */
 
-/* Copies 16-byte chunks [0, CHUNKS) of ROWS rows into padded rows of shared memory; address(row)
- * gives where a row lies. */
-template <int ROWS, int CHUNKS, int ROW_BYTES, typename address_of_row>
-__device__ __forceinline__ void copy_rows(char *to, address_of_row address) {
+/* Copies 16-byte chunks [0, CHUNKS) of ROWS rows, which lie at from[row], into padded rows of shared
+ * memory. */
+template <int ROWS, int CHUNKS, int ROW_BYTES>
+__device__ __forceinline__ void copy_rows(char *to, const char *const *from) {
     constexpr int COLUMNS = CHUNKS > 16 ? 32 : CHUNKS > 8 ? 16 : 8; /* threads per row */
     constexpr int STEP = THREADS / COLUMNS;
     const int thread = thread_here(), chunk = thread % COLUMNS, first = thread / COLUMNS;
@@ -181,45 +186,35 @@ __device__ __forceinline__ void copy_rows(char *to, address_of_row address) {
     if (COLUMNS == CHUNKS || chunk < CHUNKS) {
 #pragma unroll
         for (int i = 0; i < ROWS / STEP; i++) {
-            cp_async_16(base + i * STEP * ROW_BYTES, address(first + i * STEP) + 16 * chunk);
+            cp_async_16(base + i * STEP * ROW_BYTES, from[first + i * STEP] + 16 * chunk);
         }
     }
 }
 
-__device__ __forceinline__ void copy_k(const shared_map &m, int buffer) {
-    const char **rows = m.rows + 2 * TILE_KV * buffer;
-    copy_rows<TILE_KV, HEAD_DIM_QK / 8, QK_ROW>(m.k, [&](int row) { return rows[row]; });
-    cp_async_commit();
+__device__ __forceinline__ void copy_k(const shared_map &m, int tile) {
+    const char **rows = m.rows + 2 * TILE_KV * (tile % 2);
+    copy_rows<TILE_KV, HEAD_DIM_QK / 8, QK_ROW>(m.k + tile % STAGES * TILE_KV * QK_ROW, rows);
 }
 
-__device__ __forceinline__ void copy_v(const shared_map &m, int buffer) {
-    const char **rows = m.rows + 2 * TILE_KV * buffer + TILE_KV;
-    copy_rows<TILE_KV, HEAD_DIM_VO / 8, VO_ROW>(m.v, [&](int row) { return rows[row]; });
-    cp_async_commit();
+__device__ __forceinline__ void copy_v(const shared_map &m, int tile) {
+    const char **rows = m.rows + 2 * TILE_KV * (tile % 2) + TILE_KV;
+    copy_rows<TILE_KV, HEAD_DIM_VO / 8, VO_ROW>(m.v + tile % STAGES * TILE_KV * VO_ROW, rows);
 }
 
-/* Joins the group of the K tile that is committed next. */
-__device__ __forceinline__ void copy_q(const raddle_attention_params &p, const shared_map &m,
-                                       const raddle_attention_segment &segment) {
-    const int32_t qo_begin = p.requests[segment.request].qo_begin;
-    copy_rows<TILE_ROWS, HEAD_DIM_QK / 8, QK_ROW>(m.q, [&](int row) {
-        const row_place place = place_of_row(p, qo_begin, segment.head, segment.row_begin + row);
-        const kv_type *from =
-            (const kv_type *)p.q + place.token * p.q_stride_token + place.head * p.q_stride_head;
-        return segment.row_begin + row < segment.row_end ? (const char *)from : (const char *)zeros;
-    });
+__device__ __forceinline__ void copy_q(const shared_map &m) {
+    copy_rows<TILE_ROWS, HEAD_DIM_QK / 8, QK_ROW>(m.q, m.q_rows);
 }
 
 /* Chunks of 16 dims that a head_dim fills only half: zeros, once, that no copy overwrites. */
 __device__ __forceinline__ void clear_padding(const shared_map &m) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
     if (HEAD_DIM_QK % 16 != 0) {
-        for (int row = threadIdx.x; row < TILE_ROWS + TILE_KV; row += THREADS) {
+        for (int row = threadIdx.x; row < TILE_ROWS + STAGES * TILE_KV; row += THREADS) {
             *(uint4 *)(m.q + row * QK_ROW + 2 * HEAD_DIM_QK) = zero; /* K lies behind Q */
         }
     }
     if (HEAD_DIM_VO % 16 != 0) {
-        for (int row = threadIdx.x; row < TILE_KV; row += THREADS) {
+        for (int row = threadIdx.x; row < STAGES * TILE_KV; row += THREADS) {
             *(uint4 *)(m.v + row * VO_ROW + 2 * HEAD_DIM_VO) = zero;
         }
     }
@@ -259,14 +254,14 @@ __device__ __forceinline__ void clear(accumulator &acc) {
     }
 }
 
-__device__ __forceinline__ void compute_scores(const shared_map &m, scores &s) {
+__device__ __forceinline__ void compute_scores(const shared_map &m, int tile, scores &s) {
     /* The row and half of 16 dims that this lane names to ldmatrix: of Q rows first, of K halves.
      */
     const int thread = thread_here(), lane = thread % 32;
     const uint32_t q = shared_address(m.q) + (thread / 32 * 16 * ROW_TILES + lane % 16) * QK_ROW +
                        16 * (lane / 16);
-    const uint32_t k =
-        shared_address(m.k) + (lane % 8 + 8 * (lane / 16)) * QK_ROW + 16 * (lane / 8 % 2);
+    const uint32_t k = shared_address(m.k + tile % STAGES * TILE_KV * QK_ROW) +
+                       (lane % 8 + 8 * (lane / 16)) * QK_ROW + 16 * (lane / 8 % 2);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
@@ -355,9 +350,11 @@ __device__ __forceinline__ void update_softmax(float scale, scores &s, accumulat
     }
 }
 
-__device__ __forceinline__ void add_values(const shared_map &m, const scores &s, accumulator &acc) {
+__device__ __forceinline__ void add_values(const shared_map &m, int tile, const scores &s,
+                                           accumulator &acc) {
     const int lane = thread_here() % 32; /* names a token and half of 16 dims to ldmatrix */
-    const uint32_t v = shared_address(m.v) + lane % 16 * VO_ROW + 16 * (lane / 16);
+    const uint32_t v = shared_address(m.v + tile % STAGES * TILE_KV * VO_ROW) + lane % 16 * VO_ROW +
+                       16 * (lane / 16);
 #pragma unroll
     for (int step = 0; step < TILE_KV / 16; step++) {
         uint32_t a[ROW_TILES][4];
@@ -494,10 +491,12 @@ __device__ __forceinline__ void write_results(const raddle_attention_params &p,
 
 /* ------------------------------------------------------------------ pieces */
 
-/* Notes down the piece that starts at token begin of a segment, and where its rows lie. Returns the
- * page for the first note_rows. */
-__device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, int32_t index,
-                                              int32_t begin, piece &at, lookup &look) {
+/* Notes down the piece that starts at token begin of a segment, where its Q rows lie, and those of
+ * its first tile, which is number `tile` of all. Returns the page for the next note_rows. */
+__device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, const shared_map &m,
+                                              int32_t index, int32_t begin, int tile, piece &at,
+                                              lookup &look) {
+    const int32_t thread = thread_here();
     const raddle_attention_segment &segment = p.segments[index];
     const raddle_attention_request &request = p.requests[segment.request];
     const unsigned group = (unsigned)p.group_size;
@@ -507,7 +506,7 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
         const unsigned chunk = (unsigned)fixed_chunk;
         end = (int32_t)min((unsigned)end, ((unsigned)begin / chunk + 1) * chunk);
     }
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
         const unsigned first = (unsigned)segment.row_begin, last = (unsigned)segment.row_end - 1;
         at.segment = index;
         at.begin = begin;
@@ -516,9 +515,54 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
             keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(last / group)).begin;
         at.full_end =
             keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(first / group)).end;
-        at.num_tiles = (int32_t)(((unsigned)(end - begin) + TILE_KV - 1) / TILE_KV);
+        at.num_tiles = max((int32_t)(((unsigned)(end - begin) + TILE_KV - 1) / TILE_KV), 1);
     }
-    return start_lookup(p, request, segment.head, begin, end, look);
+    if (thread < TILE_ROWS) {
+        const int32_t row = segment.row_begin + thread;
+        const row_place place = place_of_row(p, request.qo_begin, segment.head, row);
+        const kv_type *from =
+            (const kv_type *)p.q + place.token * p.q_stride_token + place.head * p.q_stride_head;
+        m.q_rows[thread] = row < segment.row_end ? (const char *)from : (const char *)zeros;
+    }
+    const int32_t page = start_lookup(p, request, segment.head, begin, end, look);
+    return note_rows(p, m, tile, page, look);
+}
+
+/* The same for what follows `done`: the next chunk of its segment, or the next segment. */
+__device__ __forceinline__ int32_t open_next(const raddle_attention_params &p, const shared_map &m,
+                                             const piece &done, int tile, piece &at, lookup &look) {
+    const bool same_segment = done.end < p.segments[done.segment].kv_end;
+    const int32_t index = done.segment + !same_segment;
+    if (index >= p.worker_indptr[blockIdx.x + 1]) {
+        if (thread_here() == 0) {
+            at.segment = -1;
+        }
+        return -1;
+    }
+    const int32_t begin = same_segment ? done.end : p.segments[index].kv_begin;
+    return open_piece(p, m, index, begin, tile, at, look);
+}
+
+/* A piece is summed up: to results, a partial and perhaps its merge, or one more chunk folded. */
+__device__ __forceinline__ void finish_piece(const raddle_attention_params &p, const shared_map &m,
+                                             const piece &done, int32_t *is_last,
+                                             accumulator &acc) {
+    const raddle_attention_segment &segment = p.segments[done.segment];
+    if (segment.slot >= 0) {
+        write_partial(p, segment, acc);
+        if (arrive_at_merge(p, segment.merge, is_last)) {
+            merge_partials<out_type, 1, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, segment.merge);
+        }
+        return;
+    }
+    const bool first = done.begin == segment.kv_begin;
+    const bool last = done.end == segment.kv_end;
+    if (!(first && last)) {
+        fold_chunk(m, first, acc);
+    }
+    if (last) {
+        write_results(p, segment, !first, acc);
+    }
 }
 
 } // namespace
@@ -528,84 +572,82 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     extern __shared__ __align__(16) char shared[];
     __shared__ int32_t is_last;
     __shared__ lookup look;
-    __shared__ piece at;
+    __shared__ piece pieces[2]; /* the one at hand and the next */
     const shared_map m = map_shared(shared);
 
     launch_dependents();
     clear_padding(m);
     wait_for_predecessors(); /* q, K and V may be theirs */
-    /* A piece is a whole segment, or in fixed-chunk mode one chunk of an uncut item. */
-    int32_t index = p.worker_indptr[blockIdx.x];
-    if (index >= p.worker_indptr[blockIdx.x + 1]) {
+    const int32_t first_segment = p.worker_indptr[blockIdx.x];
+    if (first_segment >= p.worker_indptr[blockIdx.x + 1]) {
         return;
     }
-    int32_t begin = p.segments[index].kv_begin;
+    int32_t page =
+        open_piece(p, m, first_segment, p.segments[first_segment].kv_begin, 0, pieces[0], look);
+    __syncthreads(); /* the first piece and tile are noted -> every thread copies some rows */
+    copy_q(m);
+    copy_k(m, 0);
+    if (STAGES == 2) {
+        copy_v(m, 0);
+    }
+    cp_async_commit();
+
+    int side = 0; /* of pieces */
+    int tile = 0; /* counted through all pieces: names buffers */
 #pragma unroll 1
-    for (;;) {
+    do {
+        const piece &at = pieces[side];
         accumulator acc;
         clear(acc);
-        cp_async_wait<0>(); /* of a piece without tiles: none may land on the next one's rows */
-        __syncthreads(); /* all warps are done with the piece before -> its notes, Q, K and the row
-                            addresses may be overwritten */
-        int32_t page = open_piece(p, index, begin, at, look);
-        page = note_rows(p, m, 0, page, look);
-        __syncthreads(); /* the piece and the rows of its first tile are noted -> every thread reads
-                            them */
-        if (begin == p.segments[index].kv_begin) {
-            copy_q(p, m, p.segments[index]);
+        if (STAGES == 2) {
+            page = note_rows(p, m, tile + 1, page, look);
         }
-        copy_k(m, 0);
+        const int end_tile = tile + at.num_tiles;
 #pragma unroll 1
-        for (int32_t tile = 0; tile < at.num_tiles; tile++) {
-            const int buffer = tile & 1;
+        for (int32_t base = at.begin; tile < end_tile; tile++, base += TILE_KV) {
+            const bool last = tile + 1 == end_tile;
             cp_async_wait<0>();
-            __syncthreads(); /* K is here from all threads' copies; V of the tile before is used up
-                                -> scores may be computed, V overwritten */
-            copy_v(m, buffer);
-            page = note_rows(p, m, buffer ^ 1, page, look);
-            scores s;
-            compute_scores(m, s);
-            cp_async_wait<0>();
-            __syncthreads(); /* V is here, K is used up, the next rows are noted -> values may be
-                                added, K overwritten */
-            if (tile + 1 < at.num_tiles) {
-                copy_k(m, buffer ^ 1);
+            __syncthreads(); /* K (and with two stages V) is here from all threads' copies, the tile
+                                before is used up, the next tile's rows are noted -> scores may be
+                                computed, the other stage (or V) overwritten */
+            if (STAGES == 1) {
+                copy_v(m, tile);
+            } else if (!last) {
+                copy_k(m, tile + 1);
+                copy_v(m, tile + 1);
             }
-            const int32_t base = at.begin + TILE_KV * tile;
-            const uint64_t valid = m.valid[2 * buffer] | (uint64_t)m.valid[2 * buffer + 1] << 32;
+            cp_async_commit();
+            if (last) {
+                page = open_next(p, m, at, tile + 1, pieces[side ^ 1], look);
+            } else {
+                page = note_rows(p, m, tile + STAGES, page, look);
+            }
+            scores s;
+            compute_scores(m, tile, s);
+            if (STAGES == 1 || last) {
+                cp_async_wait<0>();
+                __syncthreads(); /* K (and at the end Q) is used up, V is here, the next tile's rows
+                                    are noted -> K and Q may be overwritten, values added */
+                if (last && pieces[side ^ 1].segment >= 0) {
+                    copy_q(m);
+                }
+                if (!last || pieces[side ^ 1].segment >= 0) {
+                    copy_k(m, tile + 1);
+                    if (STAGES == 2) {
+                        copy_v(m, tile + 1);
+                    }
+                }
+                cp_async_commit();
+            }
+            const uint32_t *there = m.valid + 2 * (tile % 4);
+            const uint64_t valid = there[0] | (uint64_t)there[1] << 32;
             if (valid != ~(uint64_t)0 || base < at.full_begin || base > at.full_end - TILE_KV) {
                 mask_scores(p, at.segment, base, valid, s);
             }
             update_softmax(p.sm_scale_log2, s, acc);
-            add_values(m, s, acc);
+            add_values(m, tile, s, acc);
         }
-        index = at.segment;
-        const raddle_attention_segment &segment = p.segments[index];
-        const bool last = at.end == segment.kv_end;
-        if (segment.slot >= 0) {
-            write_partial(p, segment, acc);
-            if (arrive_at_merge(p, segment.merge, &is_last)) {
-                merge_partials<out_type, 1, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p,
-                                                                                   segment.merge);
-            }
-        } else {
-            const bool first = at.begin == segment.kv_begin;
-            if (!(first && last)) {
-                fold_chunk(m, first, acc);
-            }
-            if (last) {
-                write_results(p, segment, !first, acc);
-            }
-        }
-        /* What follows: the next chunk of the segment, or the next segment. */
-        begin = at.end;
-        if (last) {
-            index++;
-            if (index >= p.worker_indptr[blockIdx.x + 1]) {
-                break;
-            }
-            begin = p.segments[index].kv_begin;
-        }
-    }
-    cp_async_wait<0>(); /* the same: none may land when the CTA is gone */
+        finish_piece(p, m, at, &is_last, acc);
+        side ^= 1;
+    } while (pieces[side].segment >= 0);
 }

@@ -42,7 +42,7 @@ RADDLE_INLINE int32_t raddle_decode_shared_bytes(int32_t tile_rows, int32_t row_
            (fixed_chunk ? heads_per_item * tile_rows * (head_dim_vo * 4 + 2 * 8) : 0);
 }
 
-/* ---- attention_prefill: Q | K | V | row addresses | valid bits | fold outputs | fold states
+/* ---- attention_prefill: Q | K stages | V stages | row addresses of Q, of K and V | valid bits | fold outputs | fold states
  * Rows of Q, K and V are padded to an odd number of 16-byte chunks, so that eight rows that follow
  * each other lie in different banks. */
 
@@ -50,19 +50,23 @@ RADDLE_INLINE int32_t raddle_prefill_row_bytes(int32_t head_dim) {
     return (raddle_round_up(head_dim, 16) / 8 + 1) * 16;
 }
 
-RADDLE_INLINE int32_t raddle_prefill_tiles_bytes(int32_t tile_rows, int32_t head_dim_qk,
-                                                 int32_t head_dim_vo) {
-    return (tile_rows + RADDLE_PREFILL_TILE_KV) * raddle_prefill_row_bytes(head_dim_qk) +
-           RADDLE_PREFILL_TILE_KV * raddle_prefill_row_bytes(head_dim_vo);
+/* stages: tiles of K and of V in memory. */
+RADDLE_INLINE int32_t raddle_prefill_tiles_bytes(int32_t tile_rows, int32_t stages,
+                                                 int32_t head_dim_qk, int32_t head_dim_vo) {
+    return (tile_rows + stages * RADDLE_PREFILL_TILE_KV) * raddle_prefill_row_bytes(head_dim_qk) +
+           stages * RADDLE_PREFILL_TILE_KV * raddle_prefill_row_bytes(head_dim_vo);
 }
 
-/* Two buffers of 64 addresses of K and of V, and two of 64 bits. */
-enum { RADDLE_PREFILL_TABLE_BYTES = 2 * 2 * RADDLE_PREFILL_TILE_KV * 8 + 2 * 8 };
+/* Addresses of Q's rows, two buffers of 64 addresses of K and of V, four of 64 bits. */
+RADDLE_INLINE int32_t raddle_prefill_table_bytes(int32_t tile_rows) {
+    return tile_rows * 8 + 2 * 2 * RADDLE_PREFILL_TILE_KV * 8 + 4 * 8;
+}
 
-RADDLE_INLINE int32_t raddle_prefill_shared_bytes(int32_t tile_rows, int32_t head_dim_qk,
-                                                  int32_t head_dim_vo, int32_t fixed_chunk) {
-    return raddle_prefill_tiles_bytes(tile_rows, head_dim_qk, head_dim_vo) +
-           RADDLE_PREFILL_TABLE_BYTES +
+RADDLE_INLINE int32_t raddle_prefill_shared_bytes(int32_t tile_rows, int32_t stages,
+                                                  int32_t head_dim_qk, int32_t head_dim_vo,
+                                                  int32_t fixed_chunk) {
+    return raddle_prefill_tiles_bytes(tile_rows, stages, head_dim_qk, head_dim_vo) +
+           raddle_prefill_table_bytes(tile_rows) +
            (fixed_chunk ? tile_rows * (raddle_round_up(head_dim_vo, 16) * 4 + 4 * 8) : 0);
 }
 
