@@ -105,11 +105,14 @@ def bench_decode(report, args, dtype, batch, kv_len, heads, kv_heads, dim):
         [random((batch, kv_heads, kv_len, dim), device, dtype) for _ in range(2)]
         for _ in range(copies)
     ]
-    query = q[:, :, None, :].contiguous()
+    # torch's CPU kernel is several times faster when a group's heads are given as query rows.
+    grouped = device == "cpu"
+    query = q.view(batch, kv_heads, heads // kv_heads, dim) if grouped else q[:, :, None, :]
+    query = query.contiguous()
 
     def make_peer():
         return [
-            lambda k=k, v=v: F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
+            lambda k=k, v=v: F.scaled_dot_product_attention(query, k, v, enable_gqa=not grouped)
             for k, v in keys
         ]
 
