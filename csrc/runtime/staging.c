@@ -87,8 +87,8 @@ raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range 
     staging->next = (staging->next + 1) % RADDLE_STAGING_SLOTS;
     staging->stream = stream;
     const raddle_status copied = copy_ranges(staging, ranges, num_ranges, stream);
-    const raddle_status recorded = staging->backend->event_record(
-        staging->device, staging->events[staging->last], stream);
+    const raddle_status recorded =
+        staging->backend->event_record(staging->device, staging->events[staging->last], stream);
     return copied != RADDLE_OK ? copied : recorded;
 }
 
