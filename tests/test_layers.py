@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("attention", "ops", "quest", "atom", "moe", "blend")
+FAMILIES = ("attention", "ops", "measure", "quest", "atom", "moe", "blend")
 LAYERS = ("include", "base", "cuda", "cpu", "runtime", *FAMILIES, "python", "third_party")
 
 # A layer may include its own headers and those of the layers named here. "include" is raddle.h.

@@ -2,7 +2,7 @@
 #include "python/module.h"
 
 #include "python/tensor_arg.h"
-#include "runtime/measure.h"
+#include "measure/measure.h"
 
 PyDoc_STRVAR(tensor_open_doc, "tensor_open(tensor, count, /)\n--\n\n"
                               "Open and close a tensor count times, as every call does once.");

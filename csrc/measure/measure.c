@@ -1,5 +1,5 @@
 /* measure.c - reads memory as fast as the CPU's threads, or a GPU, can. */
-#include "runtime/measure.h"
+#include "measure/measure.h"
 
 #include "base/threads.h"
 #include "cuda/kernel.h"

@@ -1,6 +1,6 @@
 /* measure.h - what benchmarks need of the core: the ceiling of memory-bound work on both back ends. */
-#ifndef RADDLE_RUNTIME_MEASURE_H
-#define RADDLE_RUNTIME_MEASURE_H
+#ifndef RADDLE_MEASURE_MEASURE_H
+#define RADDLE_MEASURE_MEASURE_H
 
 #include "base/status.h"
 
