@@ -77,9 +77,7 @@ static void layout_scratch(const raddle_attention_config *config, const attentio
     const size_t tile_kv = (size_t)config->tile_kv;
     const size_t width = (size_t)config->head_dim_vo;
     const size_t operand = (size_t)state->operand_bytes;
-    const size_t many = (size_t)config->tile_rows * tile_kv;
-    const size_t few = rows * ATTENTION_CPU_FEW_TILE_KV;
-    const size_t num_logits = many > few ? many : few;
+    const size_t num_logits = (size_t)config->tile_rows * tile_kv;
     scratch->q = raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * operand);
     scratch->logits = raddle_arena_take(arena, num_logits * sizeof(float));
     scratch->weights = scratch->logits;

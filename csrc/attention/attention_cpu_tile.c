@@ -1,8 +1,6 @@
 /* attention_cpu_tile.c - a tile of K and V tokens against the rows of a block of heads.
  *
- * Few rows per head: K and V are read where they lie, for all heads of the block in turn: all logits,
- * then all weights, then all sums, so that the latency of one head's softmax hides behind another's,
- * and K, then V, is read from end to end. Many rows: a head's K and V are packed once for all of them.
+ * Few rows per head: K and V are read where they lie. Many: they are packed once for all of them.
  * A row multiplies only V rows that it sees: what lies in the others (NaN, say) cannot reach it.
  */
 #include "attention/attention_cpu.h"
@@ -140,6 +138,12 @@ static void few_sums(const tile_view *t) {
     }
 }
 
+static void attend_few(const tile_view *t) {
+    few_logits(t);
+    few_weights(t);
+    few_sums(t);
+}
+
 /* ---------------------------------------------------------------- many rows */
 
 /* A weight of 0 times infinity or NaN is NaN, so a panel that some row must not see all of may only
@@ -213,9 +217,7 @@ static void attend_many(const tile_view *t) {
     const raddle_vec_block *block = view->job->state->block;
     const int32_t width = view->job->config->head_dim_vo;
     if (!t->is_whole && !is_finite(&t->v, width, view->job->config->kv_dtype)) {
-        few_logits(t);
-        few_weights(t);
-        few_sums(t);
+        attend_few(t);
         return;
     }
     block->pack_dot(&view->scratch->k_panel, &t->k);
@@ -242,31 +244,24 @@ static void point_at_head(tile_view *t, const attention_cpu_tile *next, int32_t 
     t->q = (const char *)scratch->q + row * config->head_dim_qk * operand_bytes;
     t->state = scratch->chunk.state + 2 * row;
     t->acc = scratch->chunk.acc + row * config->head_dim_vo;
-    t->logits = scratch->logits;
-    t->weights = scratch->weights;
-    t->ld = config->tile_kv;
-    if (t->view->num_rows < ATTENTION_CPU_MANY_ROWS) {
-        t->ld = ATTENTION_CPU_FEW_TILE_KV;
-        t->logits += row * t->ld;
-        t->weights += row * t->ld * operand_bytes;
-    }
 }
 
 void raddle_attention_cpu_attend(const attention_cpu_view *view, const attention_cpu_tile *tile,
                                  const attention_cpu_tile *next) {
-    static void (*const few_phases[])(const tile_view *) = {few_logits, few_weights, few_sums};
-    tile_view t = {.view = view, .tile = tile, .is_whole = is_whole(view, tile)};
-    if (view->num_rows >= ATTENTION_CPU_MANY_ROWS) {
-        for (int32_t head = view->head_begin; head < view->head_end; head++) {
-            point_at_head(&t, next, head);
+    tile_view t = {
+        .view = view,
+        .tile = tile,
+        .is_whole = is_whole(view, tile),
+        .logits = view->scratch->logits,
+        .weights = view->scratch->weights,
+        .ld = view->job->config->tile_kv,
+    };
+    for (int32_t head = view->head_begin; head < view->head_end; head++) {
+        point_at_head(&t, next, head);
+        if (view->num_rows < ATTENTION_CPU_MANY_ROWS) {
+            attend_few(&t);
+        } else {
             attend_many(&t);
-        }
-        return;
-    }
-    for (int phase = 0; phase < 3; phase++) {
-        for (int32_t head = view->head_begin; head < view->head_end; head++) {
-            point_at_head(&t, next, head);
-            few_phases[phase](&t);
         }
     }
 }

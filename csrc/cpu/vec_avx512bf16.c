@@ -41,13 +41,18 @@ BF16_INLINE const uint16_t *row_at(const void *const *rows, const raddle_vec_row
     return (const uint16_t *)rows[n] + b->offset;
 }
 
-BF16_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
+/* Into the second cache: the first is too small for all that is on its way. */
+BF16_INLINE void prefetch_part(const raddle_vec_rows *b, int n, int at, int length) {
     if (b->next && n < b->count) {
-        const uint16_t *at = row_at(b->next, b, n);
+        const uint16_t *part = row_at(b->next, b, n) + at;
         for (int i = 0; i < length; i += LINE_LANES) {
-            __builtin_prefetch(at + i, 0, 2);
+            __builtin_prefetch(part + i, 0, 2);
         }
     }
+}
+
+BF16_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
+    prefetch_part(b, n, 0, length);
 }
 
 /* Two 16-bit neighbours in every lane. */
@@ -169,9 +174,11 @@ BF16_INLINE void add_step(__m512 sums[ROWS][VECS], const uint16_t *p, int64_t ld
     }
 }
 
-/* num_rows rows of c, num_vecs times 16 columns wide, of which width exist. */
+/* num_rows rows of c, num_vecs times 16 columns wide, of which width exist. Prefetches, if asked, as
+ * much of the next rows as it reads of these. */
 BF16_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
-                          const raddle_vec_rows *b, int at, int width, int num_rows, int num_vecs) {
+                          const raddle_vec_rows *b, int at, int width, int num_rows, int num_vecs,
+                          bool prefetch) {
     __m512 sums[ROWS][VECS];
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
@@ -183,6 +190,10 @@ BF16_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
     }
     int n = 0;
     for (; n + 2 <= b->count; n += 2) {
+        if (prefetch) {
+            prefetch_part(b, n, at, width);
+            prefetch_part(b, n + 1, at, width);
+        }
         add_step(sums, p + n, ldp, row_at(b->rows, b, n) + at, row_at(b->rows, b, n + 1) + at,
                  width, num_rows, num_vecs);
     }
@@ -201,32 +212,29 @@ BF16_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
 
 /* num_rows rows, 64 columns at a time and 32 at the end. */
 BF16_INLINE void add_strip(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
-                           const raddle_vec_rows *b, int width, int num_rows) {
+                           const raddle_vec_rows *b, int width, int num_rows, bool prefetch) {
     int d = 0;
     for (; d + 2 * LANES <= width; d += 2 * LANES) {
-        add_tile(c, ldc, p, ldp, b, d, 2 * LANES, num_rows, VECS);
+        add_tile(c, ldc, p, ldp, b, d, 2 * LANES, num_rows, VECS, prefetch);
     }
     for (; d < width; d += LANES) {
-        add_tile(c, ldc, p, ldp, b, d, width - d, num_rows, VECS / 2);
+        add_tile(c, ldc, p, ldp, b, d, width - d, num_rows, VECS / 2, prefetch);
     }
 }
 
 static BF16_TARGET void add_rows(float *c, int64_t ldc, const void *p_rows, int64_t ldp,
                                  const raddle_vec_rows *b, int rows, int width) {
     const uint16_t *p = p_rows;
-    for (int n = 0; b->next && n < b->count; n++) {
-        prefetch_row(b, n, width);
-    }
     int m = 0;
     for (; m + ROWS <= rows; m += ROWS) {
-        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, ROWS);
+        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, ROWS, m == 0);
     }
     if (m + 2 <= rows) {
-        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 2);
+        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 2, m == 0);
         m += 2;
     }
     if (m < rows) {
-        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 1);
+        add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 1, m == 0);
     }
 }
 
