@@ -37,9 +37,9 @@ typedef struct attention_cpu_tokens {
 
 /* One worker's memory. block_rows is the most rows (of one or several heads) computed together. */
 typedef struct attention_cpu_scratch {
-    void *q;       /* [block_rows, head_dim_qk] of the operand's type */
-    float *logits; /* [tile_rows, tile_kv] */
-    void *weights; /* the same in the operand's type; logits itself when float32 */
+    void *q;                     /* [block_rows, head_dim_qk] of the operand's type */
+    float *logits;               /* [tile_rows, tile_kv] */
+    void *weights;               /* the same in the operand's type; logits itself when float32 */
     attention_cpu_states chunk;  /* [block_rows]: of the tiles seen so far */
     attention_cpu_states folded; /* [block_rows]: of the chunks seen so far, in fixed-chunk mode */
     raddle_vec_panel k_panel, v_panel; /* a tile of one head, packed */
