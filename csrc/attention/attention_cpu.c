@@ -5,11 +5,10 @@
  * begun yet; who computes a segment does not change its result. Phase 2, when items were cut:
  * merges, each in slot order.
  */
-#include "attention/attention.h"
+#include "attention/attention_cpu.h"
 
 #include <stdatomic.h>
 
-#include "attention/attention_cpu.h"
 #include "base/alloc.h"
 #include "base/tensor.h"
 #include "base/threads.h"
