@@ -66,7 +66,7 @@ def test_a_shared_page_is_copied_by_the_first_writer():
     cache.fork(parent, child)
     assert held(group, parent) == held(group, child) and group.pool.num_used == 2
     full, tail = held(group, parent)
-    assert cache.slots_to_grow(np.array([parent, child])) == [0, 1]
+    assert cache.grow_by_one(np.array([parent, child])) == [0, 1]
     assert cache.grow(child, 7)
     assert held(group, child)[0] == full and held(group, child)[1] != tail
     copy = (tail, held(group, child)[1])
@@ -142,7 +142,7 @@ def test_scheduler_at_random():
             assert step is not None and 0 < step.num_tokens <= budget
             check_step(step, group, cache)
             scheduler.commit(step)
-            for sequence, _ in step.samples:
+            for sequence in step.samples:
                 sequence.tokens.append(0)
                 if len(sequence.tokens) == sequence.max_length:
                     scheduler.finish(sequence)
@@ -181,7 +181,7 @@ def test_decodes_come_first_and_prompts_fill_the_rest():
         step = scheduler.schedule()
         sizes.append((len(step.decodes), [(s.request, count) for s, count in step.chunks]))
         scheduler.commit(step)
-        for sequence, _ in step.samples:
+        for sequence in step.samples:
             sequence.tokens.append(0)
     assert sizes == [(0, [(0, 10)]), (0, [(0, 2), (1, 8)]), (1, [(1, 4)]), (2, [])]
 

@@ -106,6 +106,7 @@ class Engine:
         self._ids = itertools.count()
         self._random = random.Random(seed)
         self._outputs = []
+        self._num_with_logprobs = 0  # sequences that want them
         self._is_interrupted = False
         self.num_prompt_tokens = self.num_output_tokens = self.num_steps = 0
 
@@ -166,6 +167,7 @@ class Engine:
         sequences[0].pending = sequences[1:]
         self._requests[request_id] = sequences
         self._scheduler.add(sequences[0])
+        self._num_with_logprobs += params.n * (params.logprobs is not None)
         self.num_prompt_tokens += len(tokens)
         return request_id
 
@@ -186,6 +188,7 @@ class Engine:
         """Drop a request and free what it holds; False when it is not, or no longer, known."""
         sequences = self._requests.pop(request_id, None)
         for sequence in sequences or ():
+            self._num_with_logprobs -= sequence.params.logprobs is not None
             self._scheduler.finish(sequence)
         return sequences is not None
 
@@ -201,7 +204,7 @@ class Engine:
     @property
     def is_reading(self):
         """Whether a prompt is being read: the next step is more than decodes."""
-        return any(not sequence.is_decoding for sequence in self._scheduler.running)
+        return bool(self._scheduler.reading)
 
     @property
     def cache_bytes(self):
@@ -300,35 +303,39 @@ class Engine:
     # ---- inside a step
 
     def _admitted(self, sequence):
-        self._sampling.set(sequence.slot, sequence.params, sequence.seed)
+        num_drawn = len(sequence.tokens) - sequence.num_prompt
+        self._sampling.set(sequence.slot, sequence.params, sequence.seed, num_drawn)
 
     def _finish_step(self, step, logits):
         self._scheduler.commit(step)
         if not step.samples:
             return
-        sequences = [sequence for sequence, _ in step.samples]
-        slots = [sequence.slot for sequence in sequences]
-        offsets = [len(sequence.tokens) - sequence.num_prompt for sequence in sequences]
-        ids = self._sampling.draw(logits, slots, offsets)
-        logprobs = draw_logprobs(logits, ids, [s.params.logprobs for s in sequences])
-        finished = []
-        for i, (sequence, token) in enumerate(zip(sequences, ids)):
+        ids = self._sampling.draw(logits, step.sample_slots())
+        logprobs = {}
+        if self._num_with_logprobs:
+            logprobs = draw_logprobs(logits, ids, [s.params.logprobs for s in step.samples])
+        told = []
+        for i, (sequence, token) in enumerate(zip(step.samples, ids)):
+            reply = sequence.reply
             if token < 0:
                 sequence.finish_reason = "error"
             else:
                 sequence.tokens.append(token)
-                sequence.reply.advance(sequence, logprobs.get(i))
-                self.num_output_tokens += 1
+                if reply.is_quiet and not reply.ends_with(token, sequence):
+                    continue  # nothing to tell: the common case, and there are many
+                reply.advance(sequence, logprobs.get(i))
+            told.append(sequence)
+        self.num_output_tokens += len(ids) - ids.count(-1)
+        for sequence in told:
             output = sequence.reply.output(sequence)
             if output is not None:
                 self._outputs.append(output)
             if sequence.finish_reason is not None:
-                finished.append(sequence)
-        for sequence in finished:
-            self._retire(sequence)
+                self._retire(sequence)
 
     def _retire(self, sequence):
         self._scheduler.finish(sequence)
+        self._num_with_logprobs -= sequence.params.logprobs is not None
         left = self._requests[sequence.request]
         left.remove(sequence)
         if not left:
@@ -346,8 +353,7 @@ class Engine:
                         self._outputs.append(output)
                     self._retire(sequence)
                 else:
-                    # A token that the reply has not seen is drawn again, and is the same.
-                    del sequence.tokens[sequence.num_prompt + sequence.reply.num_seen :]
+                    sequence.reply.forget_unseen(sequence)
         self._scheduler.restart([s for group in self._requests.values() for s in group])
         self._is_interrupted = False
 

@@ -51,8 +51,8 @@ class Model:
     """Weights on a device and the buffers of one step.
 
     dtype: of weights, activations and KV ("float32", "float16", "bfloat16"); logits are float32.
-    max_tokens: rows of the largest step; max_rows: rows of logits; max_positions: of the rope
-    table.
+    max_tokens: rows of the largest step; max_rows: rows of logits, at most max_tokens; max_positions:
+    of the rope table.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Model:
         self._attn_heads = self._attn.reshape((max_tokens, self.num_qo_heads, head_dim))
         self._gate_up = buffer(max_tokens, 2 * inner)
         self._act = buffer(max_tokens, inner)
-        self._picked = buffer(max_rows, config.hidden_size)
+        self._picked_residual = buffer(max_rows, config.hidden_size)
+        self._picked_attn = buffer(max_rows, self.num_qo_heads * head_dim)
         self.logits = buffer(max_rows, config.vocab_size, dtype="float32")
 
     def forward(self, batch, stream=None):
@@ -125,6 +126,10 @@ class Model:
                 ops.rmsnorm(k, layer.k_norm, eps, out=k, stream=stream)
             ops.apply_rope(q, k, batch.positions, self.cos_sin, stream=stream)
             batch.attend(i, q, k, v, attn_heads)
+            is_last = i + 1 == len(self._layers)
+            if is_last and batch.rows is not None:  # nobody reads the other rows
+                attn, residual = self._pick(batch, attn, residual, stream)
+                x, gate_up, act = (t[: batch.num_rows] for t in (x, gate_up, act))
             layer.o(attn, out=x, stream=stream)
             self.comm.all_reduce(x, stream)
             ops.fused_add_rmsnorm(x, residual, layer.post_norm, eps, stream=stream)
@@ -132,12 +137,17 @@ class Model:
             self._activation(gate_up, out=act, stream=stream)
             layer.down(act, out=x, stream=stream)
             self.comm.all_reduce(x, stream)
-            is_last = i + 1 == len(self._layers)
             norm = self._final_norm if is_last else self._layers[i + 1].input_norm
             ops.fused_add_rmsnorm(x, residual, norm, eps, stream=stream)
-        if batch.rows is not None:  # a gather of rows is what an embedding does
-            x = ops.embedding(batch.rows, x, out=self._picked[: batch.num_rows], stream=stream)
         return self._lm_head(x, out=self.logits[: batch.num_rows], stream=stream)
+
+    def _pick(self, batch, attn, residual, stream):
+        """Their rows batch.rows: a gather of rows is what an embedding does."""
+        m = batch.num_rows
+        return (
+            ops.embedding(batch.rows, attn, out=self._picked_attn[:m], stream=stream),
+            ops.embedding(batch.rows, residual, out=self._picked_residual[:m], stream=stream),
+        )
 
     def _load(self, source, progress):
         config = self.config

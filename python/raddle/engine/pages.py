@@ -224,10 +224,27 @@ class KVCache:
         self._tail_shared[slot] = False
         return True
 
-    def slots_to_grow(self, slots):
-        """Positions in slots of those whose next token needs a page that they do not hold."""
+    def grow_by_one(self, slots):
+        """Make room for one more token of each slot where that is simple: a fresh page, no window.
+
+        Returns the positions in slots of those that grow() must see to, one after the other.
+        """
         at_edge = self.lengths[slots] % self.page_size == 0
-        return (at_edge | self._tail_shared[slots]).nonzero()[0].tolist()
+        needing = (at_edge | self._tail_shared[slots]).nonzero()[0]
+        if not len(needing):
+            return ()
+        chosen = slots[needing]
+        is_simple = not self._tail_shared[chosen].any() and all(
+            group.window_left < 0 and group.pool.num_free >= len(chosen) for group in self.groups
+        )
+        if not is_simple:
+            return needing.tolist()
+        for group in self.groups:
+            held = group.held[chosen]
+            assert (held * self.page_size == self.lengths[chosen]).all()
+            group.table[chosen, held] = group.pool.allocate(len(chosen))
+            group.held[chosen] = held + 1
+        return ()
 
     def fork(self, parent, child):
         for group in self.groups:

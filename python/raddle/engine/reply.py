@@ -30,32 +30,50 @@ class Reply:
     def __init__(self, request_id, params, tokenizer, end_ids):
         self._params, self._tokenizer = params, tokenizer
         self._request_id = request_id
-        self._end_ids = end_ids
+        own_ends = frozenset(() if params.ignore_eos else end_ids)
+        self._ends = own_ends | frozenset(params.stop_token_ids)
+        self._own_ends = own_ends
         is_text_followed = tokenizer is not None and (params.stream or params.stop)
         self._detokeniser = (
             tokenizer.stream(params.skip_special_tokens) if is_text_followed else None
         )
         self._stops = StopStrings(params.stop) if params.stop else None
+        # Whether most of its tokens need nothing but to be kept.
+        self.is_quiet = not (is_text_followed or params.stream or params.logprobs is not None)
+        self._num_seen = 0  # output tokens that advance() was told of; quiet ones count themselves
         self._pieces = []
-        self.num_seen = 0  # output tokens that advance() was told of
         self._first = 0  # of the output tokens that the next Output tells
         self._logprobs = []
         self._stop_reason = None
+
+    def ends_with(self, token, sequence):
+        """Whether this newest token is the answer's last."""
+        return token in self._ends or len(sequence.tokens) >= sequence.max_length
 
     def advance(self, sequence, logprob=None):
         """The sequence has one more token. Sets its finish_reason when that was the last one."""
         token = sequence.tokens[-1]
         if logprob is not None:
             self._logprobs.append(logprob)
-        if token in self._end_ids and not self._params.ignore_eos:
+        if token in self._own_ends:
             sequence.finish_reason = "stop"
-        elif token in self._params.stop_token_ids:
+        elif token in self._ends:
             sequence.finish_reason, self._stop_reason = "stop", token
         elif len(sequence.tokens) >= sequence.max_length:
             sequence.finish_reason = "length"
         if self._detokeniser is not None:
             self._add_text(sequence, token)
-        self.num_seen += 1
+        self._num_seen += 1
+
+    def forget_unseen(self, sequence):
+        """Drop a token that a broken-off step added and advance() did not hear of: it will be
+        drawn again, and be the same."""
+        if not self.is_quiet:
+            del sequence.tokens[sequence.num_prompt + self._num_seen :]
+        elif len(sequence.tokens) > sequence.num_prompt and self.ends_with(
+            sequence.tokens[-1], sequence
+        ):
+            sequence.tokens.pop()
 
     def output(self, sequence):
         """The next Output, or None when there is nothing to tell yet."""

@@ -45,7 +45,7 @@ class Runner:
         self.num_tokens = self.num_rows = size
         self.rows = None
         if step.chunks and not all_rows:
-            self._set_rows([row for _, row in step.samples])
+            self._set_rows(step.sample_rows)
         if not self._is_cuda or step.chunks:
             return self.model.forward(self)
         return self._run_graph(size)[:n]

@@ -124,23 +124,26 @@ class SamplingTable:
         self.min_p = np.zeros(max_slots, np.float32)
         self.top_k = np.zeros(max_slots, np.int32)
         self.seed = np.zeros(max_slots, np.int64)
+        self.num_drawn = np.zeros(max_slots, np.int64)
 
-    def set(self, slot, params, seed):
-        """A sequence moves into a slot."""
+    def set(self, slot, params, seed, num_drawn):
+        """A sequence moves into a slot, with so many tokens of its answer drawn before."""
+        self.num_drawn[slot] = num_drawn
         self.temperature[slot] = params.temperature
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
         self.top_k[slot] = params.top_k
         self.seed[slot] = seed
 
-    def draw(self, logits, slots, offsets):
-        """A token for each row of logits: the offsets[i]-th of the answer in slots[i].
+    def draw(self, logits, slots):
+        """A list of a token for each row of logits, row i being that of slots[i].
 
         -1 for a row that is no distribution, which a model makes that overflows.
         """
         import numpy as np
 
-        slots, offsets = np.array(slots), np.array(offsets, np.int64)
+        offsets = self.num_drawn[slots]
+        self.num_drawn[slots] = offsets + 1
         try:
             return to_host(self._sample(logits, slots, offsets)).tolist()
         except ArgumentError:  # the CPU refuses all rows for one; a GPU says -1

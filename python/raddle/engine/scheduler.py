@@ -47,28 +47,32 @@ class Sequence:
         self.reply = None  # what the engine keeps of its text
         self.finish_reason = None
 
-    @property
-    def is_decoding(self):
-        """One token is missing, and nobody waits for the prompt to be read."""
-        return len(self.tokens) - self.computed == 1 and not self.pending
-
 
 @dataclass
 class Step:
     """One forward pass: a row per decode, then the rows of each chunk.
 
     decodes: sequences with one missing token; chunks: (sequence, number of tokens);
-    samples: (sequence, row) whose next token is drawn from the logits of that row.
+    samples: sequences that get a token, drawn from the logits of the row in sample_rows, or of
+    their own number where that is None.
     """
 
     decodes: list
     decode_slots: Any  # their slots, an int64 array
     chunks: list = field(default_factory=list)
     samples: list = field(default_factory=list)
+    sample_rows: list | None = None
 
     @property
     def num_tokens(self):
         return len(self.decodes) + sum(count for _, count in self.chunks)
+
+    def sample_slots(self):
+        import numpy as np
+
+        if self.samples is self.decodes:
+            return self.decode_slots
+        return np.array([sequence.slot for sequence in self.samples], np.int64)
 
 
 class Scheduler:
@@ -79,6 +83,7 @@ class Scheduler:
         self.max_tokens_per_step = max_tokens_per_step
         self.waiting = deque()
         self.running = []  # in the order of admission
+        self.reading = []  # of those, the ones whose prompt is not read to its end
         self.num_preemptions = 0
         self._on_admit = on_admit or (lambda sequence: None)
 
@@ -94,13 +99,9 @@ class Scheduler:
         self._admit(step, budget)
         if not step.num_tokens:
             return None
-        step.samples = [(sequence, row) for row, sequence in enumerate(step.decodes)]
-        row = len(step.decodes)
-        for sequence, count in step.chunks:
-            row += count
-            if sequence.computed + count == len(sequence.tokens):
-                step.samples.append((sequence, row - 1))
-                step.samples.extend((sibling, row - 1) for sibling in sequence.pending)
+        step.samples = step.decodes
+        if step.chunks:
+            self._choose_samples(step)
         return step
 
     def commit(self, step):
@@ -111,22 +112,21 @@ class Scheduler:
         for sequence, count in step.chunks:
             sequence.computed += count
             self.cache.lengths[sequence.slot] = sequence.computed
-            if sequence.pending and sequence.computed == len(sequence.tokens):
+            if sequence.computed == len(sequence.tokens):
+                self.reading.remove(sequence)
                 self._start_siblings(sequence)
 
     def finish(self, sequence):
         """Take a sequence out, wherever it is, and free what it and its pending siblings hold."""
         if sequence.slot is not None:
-            self._free(sequence)
-            if sequence in self.running:
-                self.running.remove(sequence)
+            self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
     def restart(self, sequences):
         """Begin again from these sequences' tokens, whatever an interrupted step left behind."""
         self.cache.clear()
-        self.running = []
+        self.running, self.reading = [], []
         self.waiting = deque(sequences)
         for sequence in sequences:
             sequence.slot, sequence.computed, sequence.pending = None, 0, []
@@ -134,10 +134,12 @@ class Scheduler:
     def _take_decodes(self):
         import numpy as np
 
-        decodes = [s for s in self.running if s.is_decoding]
+        decodes = list(self.running)
+        if self.reading:
+            decodes = [s for s in decodes if s not in self.reading]
         slots = np.array([s.slot for s in decodes], np.int64)
         preemptions = self.num_preemptions
-        for i in self.cache.slots_to_grow(slots):
+        for i in self.cache.grow_by_one(slots):  # what did not go the short way
             sequence = decodes[i]
             while sequence.slot is not None:
                 if self.cache.grow(sequence.slot, sequence.computed + 1):
@@ -149,10 +151,9 @@ class Scheduler:
         return Step(decodes, slots)
 
     def _take_chunks(self, step, budget):
-        for sequence in list(self.running):
-            missing = 0 if sequence.slot is None else len(sequence.tokens) - sequence.computed
-            count = min(missing, budget)
-            if count == 0 or sequence.is_decoding:
+        for sequence in list(self.reading):
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if count == 0 or sequence.slot is None:  # given its pages back in this loop
                 continue
             while not self.cache.grow(sequence.slot, sequence.computed + count):
                 youngest = self.running[-1]
@@ -174,6 +175,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self.running.append(sequence)
+            self.reading.append(sequence)
             for member in (sequence, *sequence.pending):
                 member.slot = self.cache.take_slot()
                 self._on_admit(member)
@@ -183,6 +185,17 @@ class Scheduler:
             step.chunks.append((sequence, count))
             budget -= count
 
+    @staticmethod
+    def _choose_samples(step):
+        """Decodes, and the chunks that reach the end of their prompt, with siblings."""
+        step.samples, step.sample_rows = list(step.decodes), list(range(len(step.decodes)))
+        row = len(step.decodes)
+        for sequence, count in step.chunks:
+            row += count
+            if sequence.computed + count == len(sequence.tokens):
+                step.samples += [sequence, *sequence.pending]
+                step.sample_rows += [row - 1] * (1 + len(sequence.pending))
+
     def _start_siblings(self, sequence):
         pending, sequence.pending = sequence.pending, []
         for sibling in pending:
@@ -191,12 +204,15 @@ class Scheduler:
             self.running.append(sibling)
 
     def _preempt(self, sequence):
-        self.running.remove(sequence)
-        self._free(sequence)
+        self._leave(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _free(self, sequence):
+    def _leave(self, sequence):
+        """Out of the running, and slots and pages free, those of pending siblings too."""
+        for group in (self.running, self.reading):
+            if sequence in group:
+                group.remove(sequence)
         for member in (sequence, *sequence.pending):
             self.cache.free_slot(member.slot)
             member.slot = None
