@@ -51,8 +51,8 @@ class Model:
     """Weights on a device and the buffers of one step.
 
     dtype: of weights, activations and KV ("float32", "float16", "bfloat16"); logits are float32.
-    max_tokens: rows of the largest step; max_rows: rows of logits, at most max_tokens; max_positions:
-    of the rope table.
+    max_tokens: rows of the largest step; max_rows: rows of logits, at most max_tokens;
+    max_positions: of the rope table.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class Model:
             is_last = i + 1 == len(self._layers)
             if is_last and batch.rows is not None:  # nobody reads the other rows
                 attn, residual = self._pick(batch, attn, residual, stream)
-                x, gate_up, act = (t[: batch.num_rows] for t in (x, gate_up, act))
+                m = batch.num_rows
+                x, gate_up, act = self._x[:m], self._gate_up[:m], self._act[:m]
             layer.o(attn, out=x, stream=stream)
             self.comm.all_reduce(x, stream)
             ops.fused_add_rmsnorm(x, residual, layer.post_norm, eps, stream=stream)
