@@ -152,30 +152,23 @@ class GroupPlans:
         self.num_decodes = len(step.decodes) + num_padded
         if step.decodes:
             slots = step.decode_slots
-            self.decode.plan(*self._table(slots, lengths[slots] + 1, num_padded))
+            table, seq_lens = self._table(slots, lengths[slots] + 1)
+            if num_padded:
+                table = np.concatenate([table, np.zeros((num_padded, table.shape[1]), np.int32)])
+                seq_lens = np.concatenate([seq_lens, np.zeros(num_padded, np.int32)])
+            self.decode.plan(block_table=table, seq_lens=seq_lens)
         if step.chunks:
             slots = np.array([sequence.slot for sequence, _ in step.chunks])
             counts = np.array([count for _, count in step.chunks], np.int32)
-            self.prefill.plan(_indptr(counts), *self._table(slots, lengths[slots] + counts))
+            indptr = np.zeros(len(counts) + 1, np.int32)
+            np.cumsum(counts, out=indptr[1:])
+            table, seq_lens = self._table(slots, lengths[slots] + counts)
+            self.prefill.plan(indptr, block_table=table, seq_lens=seq_lens)
 
-    def _table(self, slots, lengths, num_padded=0):
-        """(indptr, indices, last_page_len) of slots that hold so many tokens each."""
-        import numpy as np
-
+    def _table(self, slots, lengths):
+        """(block_table, seq_lens) of slots with so many tokens each; dropped pages do not count."""
         group = self.group
-        held = group.held[slots]
-        width = int(held.max())
-        indices = group.table[slots, :width][np.arange(width) < held[:, None]]
-        last = lengths - (group.dropped[slots] + held - 1) * group.page_size
-        if num_padded:
-            padding = np.zeros(num_padded, np.int32)
-            held, last = np.concatenate([held, padding]), np.concatenate([last, padding])
-        return _indptr(held), indices, last
-
-
-def _indptr(counts):
-    import numpy as np
-
-    indptr = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=indptr[1:])
-    return indptr
+        if group.window_left >= 0:
+            lengths = lengths - group.dropped[slots] * group.page_size
+        width = -(-int(lengths.max()) // group.page_size)
+        return group.table[slots, :width], lengths

@@ -125,10 +125,12 @@ class SamplingTable:
         self.top_k = np.zeros(max_slots, np.int32)
         self.seed = np.zeros(max_slots, np.int64)
         self.num_drawn = np.zeros(max_slots, np.int64)
+        self._gathered = None, None  # slots, settings
 
     def set(self, slot, params, seed, num_drawn):
         """A sequence moves into a slot, with so many tokens of its answer drawn before."""
         self.num_drawn[slot] = num_drawn
+        self._gathered = None, None
         self.temperature[slot] = params.temperature
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
@@ -145,7 +147,7 @@ class SamplingTable:
         offsets = self.num_drawn[slots]
         self.num_drawn[slots] = offsets + 1
         try:
-            return to_host(self._sample(logits, slots, offsets)).tolist()
+            return to_host(self._sample(logits, self._settings(slots), offsets)).tolist()
         except ArgumentError:  # the CPU refuses all rows for one; a GPU says -1
             host = to_host(logits)
             good = (host.max(axis=1) > -np.inf).nonzero()[0]  # false for NaN too
@@ -153,21 +155,23 @@ class SamplingTable:
                 raise
         ids = np.full(len(slots), -1, np.int32)
         if len(good):
-            ids[good] = to_host(self._sample(host[good], slots[good], offsets[good]))
+            ids[good] = to_host(
+                self._sample(host[good], self._settings(slots[good]), offsets[good])
+            )
         return ids.tolist()
 
-    def _sample(self, logits, slots, offsets):
+    def _settings(self, slots):
+        """The settings of slots, gathered again only when it is another array, or one changed."""
+        if self._gathered[0] is not slots:
+            names = ("temperature", "top_k", "top_p", "min_p", "seed")
+            self._gathered = slots, {name: getattr(self, name)[slots] for name in names}
+        return self._gathered[1]
+
+    @staticmethod
+    def _sample(logits, settings, offsets):
         from .. import ops
 
-        return ops.sample(
-            logits,
-            temperature=self.temperature[slots],
-            top_k=self.top_k[slots],
-            top_p=self.top_p[slots],
-            min_p=self.min_p[slots],
-            seed=self.seed[slots],
-            offset=offsets,
-        )
+        return ops.sample(logits, offset=offsets, **settings)
 
 
 @dataclass(slots=True)

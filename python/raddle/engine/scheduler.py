@@ -85,6 +85,7 @@ class Scheduler:
         self.running = []  # in the order of admission
         self.reading = []  # of those, the ones whose prompt is not read to its end
         self.num_preemptions = 0
+        self._decodes = None  # (list, slots) of the last step, while nobody comes or goes
         self._on_admit = on_admit or (lambda sequence: None)
 
     def add(self, sequence):
@@ -114,6 +115,7 @@ class Scheduler:
             self.cache.lengths[sequence.slot] = sequence.computed
             if sequence.computed == len(sequence.tokens):
                 self.reading.remove(sequence)
+                self._decodes = None
                 self._start_siblings(sequence)
 
     def finish(self, sequence):
@@ -126,18 +128,13 @@ class Scheduler:
     def restart(self, sequences):
         """Begin again from these sequences' tokens, whatever an interrupted step left behind."""
         self.cache.clear()
-        self.running, self.reading = [], []
+        self.running, self.reading, self._decodes = [], [], None
         self.waiting = deque(sequences)
         for sequence in sequences:
             sequence.slot, sequence.computed, sequence.pending = None, 0, []
 
     def _take_decodes(self):
-        import numpy as np
-
-        decodes = list(self.running)
-        if self.reading:
-            decodes = [s for s in decodes if s not in self.reading]
-        slots = np.array([s.slot for s in decodes], np.int64)
+        decodes, slots = self._get_decodes()
         preemptions = self.num_preemptions
         for i in self.cache.grow_by_one(slots):  # what did not go the short way
             sequence = decodes[i]
@@ -146,9 +143,17 @@ class Scheduler:
                     break
                 self._preempt(self.running[-1])
         if self.num_preemptions != preemptions:
-            decodes = [s for s in decodes if s.slot is not None]
-            slots = np.array([s.slot for s in decodes], np.int64)
+            decodes, slots = self._get_decodes()
         return Step(decodes, slots)
+
+    def _get_decodes(self):
+        """The sequences whose prompt is read, and their slots."""
+        import numpy as np
+
+        if self._decodes is None:
+            decodes = [s for s in self.running if s not in self.reading]
+            self._decodes = decodes, np.array([s.slot for s in decodes], np.int64)
+        return self._decodes
 
     def _take_chunks(self, step, budget):
         for sequence in list(self.reading):
@@ -210,6 +215,7 @@ class Scheduler:
 
     def _leave(self, sequence):
         """Out of the running, and slots and pages free, those of pending siblings too."""
+        self._decodes = None
         for group in (self.running, self.reading):
             if sequence in group:
                 group.remove(sequence)
