@@ -1,8 +1,10 @@
 """Tokens per second of the engine.
 
-cpu: examples/tiny-llama, 64 ragged prompts, greedy; the peer is transformers' generate on one
-padded batch of the same prompts, same dtype, same number of threads. Runs are interleaved and the
-median counts. A row's time is microseconds per output token, prompts included.
+cpu: examples/tiny-llama, 64 prompts, greedy; the peer is transformers' generate on one padded batch
+of the same prompts, same dtype, same number of threads. Two workloads: ragged random prompts whose
+answers all have the same length, and the prompts of examples/requests.jsonl whose answers end where
+the model ends them. Runs are interleaved and the median counts. A row's time is microseconds per
+output token, prompts included.
 
 cuda: one decode step of Llama-3-8B's shape with dummy bf16 weights at a context of 2048 tokens. A
 row's time is that of Engine.step(), host work and sampling included; bytes are the weights and the
@@ -45,54 +47,88 @@ def make_prompts(count, vocab):
 
 def bench_cpu(report, args):
     import torch
-    from raddle.engine import Engine, SamplingParams
+    from raddle.engine import Engine
 
+    peer = f"transformers generate, {torch.get_num_threads()} threads"
     new_tokens = 64 if args.quick else 128
     for dtype in ("bfloat16", "float32"):
         engine = Engine.from_folder(TINY_LLAMA, dtype=dtype)
-        prompts = make_prompts(64, engine.config.vocab_size)
-        params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+        model = transformers_model(dtype)
+        for case, prompts, ends in (
+            (f"x {new_tokens} tokens", make_prompts(64, engine.config.vocab_size), False),
+            ("of requests.jsonl", request_prompts(engine.tokenizer), True),
+        ):
+            sides = (
+                ours(engine, prompts, new_tokens, ends),
+                theirs(model, prompts, new_tokens, ends),
+            )
+            times = [[], []]
+            for _ in range(3 if args.quick else 7):
+                for side, samples in zip(sides, times):
+                    start = time.perf_counter()
+                    count = side()
+                    samples.append((time.perf_counter() - start) * 1e6 / count)
+            us, peer_us = (statistics.median(samples) for samples in times)
+            report.add(f"tiny-llama {dtype}, 64 {case}", us, peer, peer_us)
+            counts = " and ".join(str(side()) for side in sides)
+            print(f"  {1e6 / us:.0f} and {1e6 / peer_us:.0f} tokens/s; {counts} tokens")
 
-        def ours(engine=engine, prompts=prompts, params=params):
-            engine.generate(prompts, params)
 
-        theirs = transformers_generate(dtype, prompts, new_tokens)
-        times = [[], []]
-        for _ in range(3 if args.quick else 7):
-            for side, samples in zip((ours, theirs), times):
-                start = time.perf_counter()
-                side()
-                samples.append((time.perf_counter() - start) * 1e6 / (64 * new_tokens))
-        us, peer_us = (statistics.median(samples) for samples in times)
-        peer = f"transformers generate, {torch.get_num_threads()} threads"
-        report.add(f"tiny-llama {dtype}, 64 prompts, us per token", us, peer, peer_us)
-        print(f"  {1e6 / us:.0f} tokens/s, transformers {1e6 / peer_us:.0f}")
-        del engine
+def request_prompts(tokenizer):
+    """The prompts of examples/requests.jsonl, as token ids."""
+    import json
+
+    prompts = []
+    for line in (TINY_LLAMA.parent / "requests.jsonl").read_text().splitlines():
+        body = json.loads(line)["body"]
+        if "messages" in body:
+            text = tokenizer.chat_template.render(body["messages"])
+            prompts.append(tokenizer.encode(text, add_special_tokens=False))
+        else:
+            prompts.append(tokenizer.encode(body["prompt"]))
+    return prompts
 
 
-def transformers_generate(dtype, prompts, new_tokens):
+def ours(engine, prompts, new_tokens, ends):
+    """A function that answers all and returns the number of tokens written."""
+    from raddle.engine import SamplingParams
+
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=not ends)
+    return lambda: sum(len(answer.token_ids) for (answer,) in engine.generate(prompts, params))
+
+
+def transformers_model(dtype):
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         TINY_LLAMA, dtype=getattr(torch, dtype)
     ).eval()
-    model.generation_config.eos_token_id = None
+
+
+def theirs(model, prompts, new_tokens, ends):
+    """As ours, by generate on one batch padded on the left; what follows an end does not count."""
+    import torch
+
+    eos, pad = 1, 2
     width = max(map(len, prompts))
-    ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
     def run():
+        model.generation_config.eos_token_id = eos if ends else None
         with torch.no_grad():
-            model.generate(
+            out = model.generate(
                 ids,
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                pad_token_id=2,
+                pad_token_id=pad,
             )
+        rows = out[:, width:].tolist()
+        return sum(row.index(eos) + 1 if ends and eos in row else len(row) for row in rows)
 
     return run
 
