@@ -13,7 +13,7 @@
 
 enum {
     BLOCK = 512,                /* floats of a row that are in work at once */
-    ELEMENTS_PER_TASK = 1 << 14 /* less than this is not worth waking a thread */
+    ELEMENTS_PER_TASK = 1 << 12 /* less than this is not worth sharing (a decode step of 64 x 256) */
 };
 
 /* Rows of this many elements that make one piece of work. */
