@@ -12,8 +12,9 @@
 #include "cpu/vec.h"
 
 enum {
-    BLOCK = 512,                /* floats of a row that are in work at once */
-    ELEMENTS_PER_TASK = 1 << 12 /* less than this is not worth sharing (a decode step of 64 x 256) */
+    BLOCK = 512, /* floats of a row that are in work at once */
+    ELEMENTS_PER_TASK =
+        1 << 12 /* less than this is not worth sharing (a decode step of 64 x 256) */
 };
 
 /* Rows of this many elements that make one piece of work. */
