@@ -1,0 +1,85 @@
+"""What the engine hands to a GPU each step, on the stub driver: padded batches, plans, graphs.
+
+Needs: gcc or clang for the stubs. No kernel runs, so tokens are chosen here.
+"""
+
+import shutil
+import subprocess
+
+import pytest
+
+from tests.stub_driver import ROOT, build_stubs, check_script
+
+SCRIPT = """
+import numpy as np
+from raddle.engine import Engine, SamplingParams
+from tests.reference import llama
+
+kind, options = {kind!r}, {options!r}
+config = llama.config_of(kind, torch_dtype="bfloat16")
+engine = Engine.with_dummy_weights(config, device="cuda", kv_memory_bytes=1 << 20, **options)
+assert engine.device == "cuda:0"
+engine._sampling._sample = lambda logits, settings, offsets: np.full(len(offsets), 7, np.int32)
+runner, cache, launches, captures = engine._runner, engine.cache, [], []
+
+def look(size):
+    is_new = size not in runner._graphs
+    decodes = engine._scheduler._get_decodes()[0]
+    n, slots = len(decodes), engine._scheduler._get_decodes()[1]
+    assert runner.num_tokens == runner.num_rows == size >= n
+    ids = runner.ids.to("cpu").numpy()
+    assert ids.tolist() == [s.tokens[-1] for s in decodes] + [0] * (size - n)
+    positions = runner.positions.to("cpu").numpy()
+    assert positions.tolist() == cache.lengths[slots].tolist() + [0] * (size - n)
+    for plans in runner.plans:
+        group, requests = plans.group, plans.decode.schedule().requests
+        dropped = group.dropped[slots] * group.page_size
+        kv_lens = (cache.lengths[slots] + 1 - dropped).tolist() + [0] * (size - n)
+        assert requests["kv_len"].tolist() == kv_lens
+        rows = plans.rows.to("cpu").numpy()
+        assert rows.tolist() == group.rows(slots, positions[:n]).tolist() + [-1] * (size - n)
+        assert len(set(rows[:n].tolist())) == n
+    logits = run_graph(size)
+    assert logits.shape == (size, 320)
+    (captures if is_new else launches).append(size)
+    assert runner._graphs[size].state == "ready"
+    return logits
+
+run_graph, runner._run_graph = runner._run_graph, look
+rng = np.random.default_rng(0)
+prompts = [rng.integers(3, 320, n).tolist() for n in (1, 3, 16, 17, 33, 70, 100, 5, 64, 2, 40)]
+params = [SamplingParams(max_tokens=6 + 3 * i, ignore_eos=True) for i in range(len(prompts))]
+params[3] = SamplingParams(max_tokens=9, n=min(2, engine.max_batch), ignore_eos=True)
+answers = engine.generate(prompts, params)
+for group, one in zip(answers, params):
+    assert [a.token_ids for a in group] == [[7] * one.max_tokens] * one.n
+assert len(captures) == len(set(captures)) and set(launches) <= set(captures), captures
+assert set(captures) == {sizes!r}, captures
+assert sum(launches) > 3 * sum(captures)
+assert all(group.pool.num_used == 0 for group in cache.groups)
+engine.logits(prompts[5])
+"""
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory):
+    folder = build_stubs(tmp_path_factory.mktemp("stubs"))
+    source = ROOT / "tests" / "c" / "stub_cublaslt.c"
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-shared", "-fPIC", f"-I{ROOT}/tests/c"]
+    compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    command = [compiler, *flags, str(source), "-o", str(folder / "libcublasLt.so.13")]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sizes"),
+    [
+        ("llama", {"max_batch": 12}, {1, 2, 4, 8, 16}),
+        ("qwen2", {"max_batch": 3, "max_tokens_per_step": 8, "page_size": 4}, {1, 2, 4}),
+        ("mistral", {"max_batch": 1, "max_tokens_per_step": 5}, {1}),
+    ],
+)
+def test_decode_steps_are_padded_graphs(stubs, tmp_path, kind, options, sizes):
+    script = SCRIPT.format(kind=kind, options=options, sizes=sizes)
+    check_script(script, stubs, RADDLE_CACHE_DIR=str(tmp_path))
