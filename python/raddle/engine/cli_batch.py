@@ -38,6 +38,8 @@ def main(args):
     except RaddleError as error:
         say(f"raddle batch: {error}")
         return 1
+    except KeyboardInterrupt:
+        return 130
     return _run(job, engine, bar)
 
 
