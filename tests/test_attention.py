@@ -279,6 +279,14 @@ def test_one_long_request_is_split_and_right(rng, device):
         assert len(plan.schedule().merges) >= 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", np.float32, np.dtype("float32"), "float16"])
+def test_schedule_counts_bytes_however_the_dtype_is_spelled(dtype):
+    heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64, head_dim_vo=32)
+    plan = BatchDecode(page_size=16, max_batch=1, max_pages=1, dtype=dtype, **heads)
+    plan.plan(np.array([0, 1]), np.array([0]), np.array([9]))
+    assert plan.schedule().worker_bytes.sum() == 9 * 2 * (64 + 32) * np.dtype(dtype).itemsize
+
+
 def test_runs_are_bitwise_repeatable(rng, device):
     heads = dict(num_qo_heads=8, num_kv_heads=2, head_dim=64)
     batch = Batch(rng, [700, 3, 90, 1200], **heads)

@@ -42,6 +42,7 @@ CASES = {
     "layout": (lambda w: w.decode(kv_layout="DHN"), ArgumentError, "kv_layout.*NHD.*DHN"),
     "lse_base": (lambda w: w.decode(lse_base="10"), ArgumentError, "lse_base.*10"),
     "sm_scale nan": (lambda w: w.decode(sm_scale=float("nan")), ArgumentError, "sm_scale.*nan"),
+    "sm_scale 0": (lambda w: w.decode(sm_scale=0.0), ArgumentError, "sm_scale.*None for"),
     "sm_scale negative": (lambda w: w.decode(sm_scale=-1.0), ArgumentError, "sm_scale.*-1"),
     "fixed_chunk 100": (lambda w: w.decode(fixed_chunk=100), ArgumentError, "fixed_chunk.*64.*100"),
     "max_ctas": (lambda w: w.decode(max_ctas=-1), ArgumentError, "max_ctas.*-1"),

@@ -4,6 +4,7 @@ Needs: numpy; tokenizers for the tests that open a whole folder.
 """
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -295,3 +296,14 @@ def test_bad_folders(tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(RaddleIOError, match="pytorch_model.bin"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 1.1}, {"no_repeat_ngram_size": 3}])
+def test_recommended_settings_that_are_not_applied_are_said(setting):
+    shape = llama.config_of("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = ModelConfig.from_dict(shape, dict.fromkeys(setting, None))
+        ModelConfig.from_dict(shape, {"repetition_penalty": 1.0})  # neutral: no word of it
+    with pytest.warns(RuntimeWarning, match=f"{next(iter(setting))}.*is not applied"):
+        assert ModelConfig.from_dict(shape, setting) == config

@@ -43,6 +43,16 @@ void (*raddle_library_symbol(void *handle, const char *name))(void) {
     return function;
 }
 
+void *raddle_library_open(const raddle_library_candidate *candidate, path_text reason) {
+    const int flags = RTLD_LAZY | RTLD_LOCAL | (candidate->is_loaded ? RTLD_NOLOAD : 0);
+    void *handle = dlopen(candidate->path, flags);
+    if (handle == NULL) {
+        const char *problem = dlerror();
+        snprintf(reason, RADDLE_LIBRARY_PATH_BYTES, "%s", problem != NULL ? problem : "not loaded");
+    }
+    return handle;
+}
+
 void raddle_library_path_of(const void *address, path_text path) {
     Dl_info info;
     path[0] = '\0';

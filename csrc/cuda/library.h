@@ -32,6 +32,10 @@ typedef bool (*raddle_library_visitor)(void *context, const raddle_library_candi
 /* False when no candidate was taken. tried: one place and reason after the other, "; " between. */
 bool raddle_library_search(const raddle_library_spec *spec, raddle_library_visitor visit,
                            void *context, char tried[RADDLE_LIBRARY_TRIED_BYTES]);
+/* Opens a candidate; NULL with the loader's words in reason. A visitor that takes it keeps it open for
+ * the life of the process, one that does not closes it. */
+void *raddle_library_open(const raddle_library_candidate *candidate,
+                          char reason[RADDLE_LIBRARY_PATH_BYTES]);
 /* One more folder that may hold nvidia/ wheels (an entry of sys.path). Does not touch the disk. */
 void raddle_library_add_root(const char *folder);
 /* The file that address (of a function of the library) was loaded from; "" when unknown. */

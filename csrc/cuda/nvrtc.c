@@ -129,11 +129,8 @@ static bool accept_handle(void *handle, char reason[RADDLE_LIBRARY_PATH_BYTES]) 
 static bool open_candidate(void *context, const raddle_library_candidate *candidate,
                            char reason[RADDLE_LIBRARY_PATH_BYTES]) {
     (void)context;
-    const int flags = RTLD_LAZY | RTLD_LOCAL | (candidate->is_loaded ? RTLD_NOLOAD : 0);
-    void *handle = dlopen(candidate->path, flags);
+    void *handle = raddle_library_open(candidate, reason);
     if (handle == NULL) {
-        const char *problem = dlerror();
-        snprintf(reason, RADDLE_LIBRARY_PATH_BYTES, "%s", problem != NULL ? problem : "not loaded");
         return false;
     }
     if (!accept_handle(handle, reason)) {

@@ -247,7 +247,7 @@ static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
     const raddle_attention_header *header = schedule->header;
     const raddle_attention_config *config = &plan->config;
     PyObject *result = Py_BuildValue(
-        "(y#y#y#y#{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i})", (const char *)schedule->requests,
+        "(y#y#y#y#{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i})", (const char *)schedule->requests,
         (Py_ssize_t)((size_t)header->batch * sizeof(raddle_attention_request)),
         (const char *)schedule->worker_indptr,
         (Py_ssize_t)(((size_t)config->num_workers + 1) * sizeof(int32_t)),
@@ -257,7 +257,9 @@ static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
         (Py_ssize_t)((size_t)header->num_merges * sizeof(raddle_attention_merge)), "tile_rows",
         config->tile_rows, "tile_kv", config->tile_kv, "heads_per_item", config->heads_per_item,
         "segment_cost", config->segment_cost, "num_workers", config->num_workers, "num_slots",
-        header->num_slots, "group_size", config->group_size, "num_kv_heads", config->num_kv_heads);
+        header->num_slots, "group_size", config->group_size, "num_kv_heads", config->num_kv_heads,
+        "token_bytes",
+        (config->head_dim_qk + config->head_dim_vo) * (int)raddle_dtype_bytes(config->kv_dtype));
     raddle_plan_leave(self->plan);
     return result;
 }

@@ -21,6 +21,7 @@ Planning and sharing after FlashInfer (arXiv 2501.01005), split K/V after Flash-
 """
 
 from . import _core
+from .errors import ArgumentError
 from .kv_cache import (
     append_paged_kv_cache,
     append_slots,
@@ -48,17 +49,14 @@ __all__ = [
 class _BatchAttention:
     """What the three classes share: a C plan, and how its arguments are spelled."""
 
-    def __init__(self, *, workspace, head_dim_vo, kv_dtype, o_dtype, head_dim, dtype, **spec):
+    def __init__(self, *, workspace, head_dim_vo, sm_scale, **spec):
+        if sm_scale == 0:
+            raise ArgumentError(
+                "sm_scale: expected a positive number, or None for 1/sqrt(head_dim)"
+            )
         self._plan = _core.AttentionPlan(
-            head_dim=head_dim,
-            head_dim_vo=head_dim_vo or 0,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            o_dtype=o_dtype,
-            **spec,
+            head_dim_vo=head_dim_vo or 0, sm_scale=sm_scale or 0.0, **spec
         )
-        item = 4 if str(kv_dtype or dtype).endswith("float32") else 2
-        self._token_bytes = (head_dim + (head_dim_vo or head_dim)) * item
         if workspace is not None:
             self._plan.bind(workspace)
 
@@ -79,7 +77,7 @@ class _BatchAttention:
 
     def schedule(self):
         """The Schedule of the last plan(). Raises StateError before the first."""
-        return Schedule(*self._plan.schedule(), self._token_bytes)
+        return Schedule(*self._plan.schedule())
 
 
 class _PagedAttention(_BatchAttention):
@@ -144,7 +142,7 @@ class BatchDecode(_PagedAttention):
             kv_layout=kv_layout,
             causal=False,
             window_left=window_left,
-            sm_scale=sm_scale or 0.0,
+            sm_scale=sm_scale,
             lse_base=lse_base,
             max_batch=max_batch,
             max_pages=max_pages,
@@ -219,7 +217,7 @@ class BatchPrefill(_PagedAttention):
             kv_layout=kv_layout,
             causal=causal,
             window_left=window_left,
-            sm_scale=sm_scale or 0.0,
+            sm_scale=sm_scale,
             lse_base=lse_base,
             max_batch=max_batch,
             max_pages=max_pages,
@@ -291,7 +289,7 @@ class BatchRaggedPrefill(_BatchAttention):
             kv_layout=kv_layout,
             causal=causal,
             window_left=window_left,
-            sm_scale=sm_scale or 0.0,
+            sm_scale=sm_scale,
             lse_base=lse_base,
             max_batch=max_batch,
             max_pages=max_kv_tokens,
@@ -314,8 +312,6 @@ class BatchRaggedPrefill(_BatchAttention):
 
 def _positive_page_size(page_size):
     if page_size < 1:
-        from .errors import ArgumentError
-
         raise ArgumentError(f"page_size: expected at least 1 token, got {page_size}")
     return page_size
 

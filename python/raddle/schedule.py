@@ -7,9 +7,10 @@ class Schedule:
     requests [batch] (qo_begin, qo_len, kv_begin, kv_len), segments [n] (request, head, row_begin,
     row_end, kv_begin, kv_end, slot, merge), merges [m] (request, head, row_begin, row_end,
     slot_begin, slot_count, ...), worker_indptr [workers + 1] into segments; config holds tile_rows,
-    tile_kv, heads_per_item, segment_cost and the like."""
+    tile_kv, heads_per_item, segment_cost, token_bytes (K and V of a token and head) and the
+    like."""
 
-    def __init__(self, requests, worker_indptr, segments, merges, config, token_bytes):
+    def __init__(self, requests, worker_indptr, segments, merges, config):
         import numpy as np
 
         def table(data, *names):
@@ -40,7 +41,6 @@ class Schedule:
         )
         self.worker_indptr = np.frombuffer(worker_indptr, dtype=np.int32)
         self.config = config
-        self._token_bytes = token_bytes
 
     @property
     def segment_bytes(self):
@@ -49,7 +49,11 @@ class Schedule:
 
         left = self.config["num_kv_heads"] - self.segments["head"]
         heads = np.minimum(self.config["heads_per_item"], left).astype(np.int64)
-        return (self.segments["kv_end"] - self.segments["kv_begin"]) * heads * self._token_bytes
+        return (
+            (self.segments["kv_end"] - self.segments["kv_begin"])
+            * heads
+            * self.config["token_bytes"]
+        )
 
     @property
     def worker_bytes(self):

@@ -7,6 +7,7 @@ is refused here by name, before any weight is read.
 
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -294,8 +295,23 @@ def _token_ids(generation, config, name):
     return tuple(ids)
 
 
+# Settings that change what is drawn, which raddle does not have, and their neutral values.
+_NOT_APPLIED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}
+
+
 def _sampling_defaults(generation):
-    """What generation_config.json recommends; {} where it recommends greedy decoding."""
+    """What generation_config.json recommends; {} where it recommends greedy decoding.
+
+    Warns (RuntimeWarning) of a recommendation that answers will not follow.
+    """
+    for name, neutral in _NOT_APPLIED.items():
+        if generation.get(name) not in (None, neutral):
+            warnings.warn(
+                f"generation_config.json: {name} {generation[name]!r} is not applied; answers may "
+                "differ from those of libraries that have it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     if not generation.get("do_sample", False):
         return {}
     names = ("temperature", "top_k", "top_p", "min_p")
