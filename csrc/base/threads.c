@@ -34,6 +34,7 @@ enum {
     PAUSE_ONLY_NS = 20 * 1000, /* past this it offers its core to others at every turn */
     PAUSES_PER_TURN = 32,
     BLOCKS_PER_THREAD = 8, /* of a loop: evens out threads that start late or are interrupted */
+    MAX_SHARES = 64,
     CACHE_LINE = 64
 };
 
@@ -278,25 +279,40 @@ static void run_on_pool(raddle_task task, void *context, int num_workers, int nu
     pthread_mutex_unlock(&pool.callers);
 }
 
+/* Blocks are dealt out in shares, one behind the other, a share for each worker: loops of the same
+ * length over the same rows find them in the cache of the thread that wrote them. Who is done with
+ * its own share takes from the others'. */
+typedef struct loop_share {
+    alignas(CACHE_LINE) _Atomic int64_t next_block;
+    int64_t end_block;
+} loop_share;
+
 typedef struct loop_job {
     raddle_loop_body body;
     void *context;
-    int64_t num_blocks;
     int64_t block_size, num_longer; /* the first num_longer blocks have one more */
-    _Atomic int64_t next_block;
+    int num_shares;
+    loop_share shares[MAX_SHARES];
 } loop_job;
+
+static void run_block(const loop_job *loop, int64_t block, int worker) {
+    const bool is_longer = block < loop->num_longer;
+    const int64_t begin = block * loop->block_size + (is_longer ? block : loop->num_longer);
+    loop->body(loop->context, begin, begin + loop->block_size + (is_longer ? 1 : 0), worker);
+}
 
 static void run_blocks(void *context, int worker, int num_workers) {
     (void)num_workers;
     loop_job *loop = context;
-    for (;;) {
-        const int64_t block = atomic_fetch_add_explicit(&loop->next_block, 1, memory_order_relaxed);
-        if (block >= loop->num_blocks) {
-            return;
+    for (int i = 0; i < loop->num_shares; i++) {
+        loop_share *share = &loop->shares[(worker + i) % loop->num_shares];
+        while (atomic_load_explicit(&share->next_block, memory_order_relaxed) < share->end_block) {
+            const int64_t block =
+                atomic_fetch_add_explicit(&share->next_block, 1, memory_order_relaxed);
+            if (block < share->end_block) {
+                run_block(loop, block, worker);
+            }
         }
-        const bool is_longer = block < loop->num_longer;
-        const int64_t begin = block * loop->block_size + (is_longer ? block : loop->num_longer);
-        loop->body(loop->context, begin, begin + loop->block_size + (is_longer ? 1 : 0), worker);
     }
 }
 
@@ -335,13 +351,16 @@ void raddle_threads_for(raddle_loop_body body, void *context, int64_t count, int
         body(context, 0, count, 0);
         return;
     }
-    loop_job loop = {
-        .body = body,
-        .context = context,
-        .num_blocks = num_blocks,
-        .block_size = count / num_blocks,
-        .num_longer = count % num_blocks,
-    };
-    raddle_threads_run(run_blocks, &loop,
-                       (int)(num_blocks < num_threads ? num_blocks : num_threads));
+    const int num_workers = (int)(num_blocks < num_threads ? num_blocks : num_threads);
+    loop_job loop;
+    loop.body = body;
+    loop.context = context;
+    loop.block_size = count / num_blocks;
+    loop.num_longer = count % num_blocks;
+    loop.num_shares = num_workers < MAX_SHARES ? num_workers : MAX_SHARES;
+    for (int i = 0; i < loop.num_shares; i++) {
+        atomic_init(&loop.shares[i].next_block, num_blocks * i / loop.num_shares);
+        loop.shares[i].end_block = num_blocks * (i + 1) / loop.num_shares;
+    }
+    raddle_threads_run(run_blocks, &loop, num_workers);
 }

@@ -26,7 +26,8 @@ const char *raddle_threads_bad_setting(void);
  * numbers, and returns when all are done. Falls back to fewer threads when one cannot be started:
  * never fails. */
 void raddle_threads_run(raddle_task task, void *context, int num_workers);
-/* Splits [0, count) in blocks of at least grain and hands them out dynamically. */
+/* Splits [0, count) in blocks of at least grain. A worker begins with its own part of them, which
+ * lies at the same fraction of every loop, and then helps the others. */
 void raddle_threads_for(raddle_loop_body body, void *context, int64_t count, int64_t grain);
 
 #endif

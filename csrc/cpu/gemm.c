@@ -1,16 +1,20 @@
 /* gemm.c - packs weights, cuts a product into tiles for the micro kernels, and hands them to
  * threads.
  *
- * A worker owns panels: RADDLE_GEMM_COLUMNS columns of the weight, whose whole depth is read once,
- * in order, while all rows of x (up to CHUNK_ROWS, packed before, shared by all) pass over it:
+ * The rows of x are cut into groups, as many as there are threads when each gets two tiles or more;
+ * RADDLE_GEMM_COLUMNS columns of the weight are a panel. A worker packs the rows of a group for
+ * itself and passes them over panel after panel:
  *
- *   for each chunk of rows:  pack x into tiles
- *     for each panel (parallel):  for each block of depth:  for each tile:  c[tile] += tile * block
- *                                 c + bias -> out
+ *   for each group, for each panel (parallel):
+ *     x of the group -> tiles, unless this worker did so for the panel before
+ *     for each block of depth:  for each tile:  c[tile] += tile * block
+ *     c + bias -> out
  *
- * A block of a panel stays in the L1 cache while the tiles pass, c and the tiles come from the L2.
- * With one row that is a plain stream through the weight. A sum over depth is always made of the
- * same blocks in the same order, so a row's result does not depend on the others.
+ * Threads share nothing that is written: a line that one core wrote and another reads costs more
+ * than packing it twice, and the loops around a product cut their rows at the same places. A block
+ * of a panel stays in the L1 cache while the tiles pass, c and the tiles come from the L2. With one
+ * row that is a plain stream through the weight. A sum over depth is always made of the same blocks
+ * in the same order, so a row's result does not depend on the others.
  */
 #include "cpu/gemm.h"
 
@@ -24,10 +28,14 @@
 enum {
     COLUMNS = RADDLE_GEMM_COLUMNS,
     BLOCK_DEPTH = 256, /* even; a block of float32 is 32 KB, of 16-bit types half of that */
-    CHUNK_ROWS = 256,
+    L2_BYTES = 1 << 20,
+    MIN_GROUP_ROWS = 2 * RADDLE_GEMM_MAX_ROWS,
+    MIN_STREAM_ROWS = 64, /* of a group when its panels come from memory: 4 GB/s for a core */
+    MAX_GROUP_ROWS = 256,
     PACK_DEPTH = 64,
-    TASK_BYTES = 1 << 16,   /* of weight: about 5 us of one core's memory bandwidth */
-    TASK_PRODUCTS = 1 << 19 /* the same in multiplications */
+    TASK_BYTES = 1 << 16,    /* of weight: about 5 us of one core's memory bandwidth */
+    TASK_PRODUCTS = 1 << 19, /* the same in multiplications */
+    CACHE_LINE = 64
 };
 
 struct raddle_gemm_weight {
@@ -137,21 +145,27 @@ void raddle_gemm_weight_destroy(raddle_gemm_weight *weight) {
 
 /* ---------------------------------------------------------------- run */
 
-/* One chunk of rows. */
-typedef struct chunk_job {
+typedef struct gemm_job {
     const raddle_gemm_weight *weight;
     const raddle_gemm_args *args;
     const raddle_vec *vec;
+    int64_t group_rows; /* the last group may have fewer */
+    size_t a_element_bytes;
+    char *buffers; /* one per worker: packed_group, then x of that group; NULL: x as it is */
+    size_t buffer_bytes;
+} gemm_job;
+
+/* One group of rows. */
+typedef struct row_group {
     int64_t row_begin;
     int rows;
     int tile_rows, num_tiles; /* the last tile may have fewer rows */
-    const char *a;            /* packed x: tile t begins at element t * tile_rows * depth_padded */
-    size_t a_element_bytes;
-} chunk_job;
+    const char *a;            /* tile t begins at element t * tile_rows * depth_padded */
+} row_group;
 
-static int rows_of_tile(const chunk_job *job, int tile) {
-    const int left = job->rows - tile * job->tile_rows;
-    return left < job->tile_rows ? left : job->tile_rows;
+static int rows_of_tile(const row_group *group, int tile) {
+    const int left = group->rows - tile * group->tile_rows;
+    return left < group->tile_rows ? left : group->tile_rows;
 }
 
 static bool a_is_bf16(const raddle_gemm_weight *w) {
@@ -172,7 +186,7 @@ static void pack_pairs(char *to, const char *x, int count, int rows) {
 }
 
 /* The same to [depth][rows], widened. */
-static void pack_floats(const chunk_job *job, float *to, const char *x, int count, int rows) {
+static void pack_floats(const gemm_job *job, float *to, const char *x, int count, int rows) {
     float wide[BLOCK_DEPTH];
     job->vec->load[job->weight->dtype](wide, x, count);
     for (int i = 0; i < count; i++) {
@@ -184,12 +198,12 @@ static void pack_floats(const chunk_job *job, float *to, const char *x, int coun
 }
 
 /* Block by block, so that what is written stays in the L1 cache until all rows are there. */
-static void pack_tile(const chunk_job *job, int tile) {
+static void pack_tile(const gemm_job *job, const row_group *group, int tile, char *a) {
     const raddle_gemm_weight *w = job->weight;
-    const int rows = rows_of_tile(job, tile);
-    const int64_t first = job->row_begin + (int64_t)tile * job->tile_rows;
+    const int rows = rows_of_tile(group, tile);
+    const int64_t first = group->row_begin + (int64_t)tile * group->tile_rows;
     const int64_t step = (int64_t)job->a_element_bytes;
-    char *a = (char *)job->a + (int64_t)tile * job->tile_rows * w->depth_padded * step;
+    a += (int64_t)tile * group->tile_rows * w->depth_padded * step;
     for (int64_t k = 0; k < w->depth; k += BLOCK_DEPTH) {
         const int count = (int)(w->depth - k < BLOCK_DEPTH ? w->depth - k : BLOCK_DEPTH);
         for (int r = 0; r < rows; r++) {
@@ -204,113 +218,149 @@ static void pack_tile(const chunk_job *job, int tile) {
     }
 }
 
-static void pack_tiles(void *context, int64_t begin, int64_t end, int worker) {
-    (void)worker;
-    for (int64_t tile = begin; tile < end; tile++) {
-        pack_tile(context, (int)tile);
+/* Group number `index`, packed in this worker's buffer. */
+static row_group open_group(const gemm_job *job, int64_t index, int worker) {
+    const int max_rows = job->weight->kernels->max_rows;
+    const int64_t row_begin = index * job->group_rows;
+    const int64_t left = job->args->rows - row_begin;
+    row_group group = {
+        .row_begin = row_begin,
+        .rows = (int)(left < job->group_rows ? left : job->group_rows),
+        .a = job->args->x,
+    };
+    group.num_tiles = (group.rows + max_rows - 1) / max_rows;
+    group.tile_rows = (group.rows + group.num_tiles - 1) / group.num_tiles;
+    if (job->buffers) {
+        char *buffer = job->buffers + (size_t)worker * job->buffer_bytes;
+        int64_t *packed_group = (int64_t *)(void *)buffer;
+        group.a = buffer + CACHE_LINE;
+        for (int tile = 0; *packed_group != index && tile < group.num_tiles; tile++) {
+            pack_tile(job, &group, tile, buffer + CACHE_LINE);
+        }
+        *packed_group = index;
     }
+    return group;
 }
 
 /* Adds the bias and writes columns of out. */
-static void store_panel(const chunk_job *job, float *c, int64_t panel) {
+static void store_panel(const gemm_job *job, const row_group *group, float *c, int64_t panel) {
     const raddle_gemm_args *args = job->args;
     const int64_t first = panel * COLUMNS;
     const int64_t left = job->weight->columns - first;
     const int columns = (int)(left < COLUMNS ? left : COLUMNS);
     const int64_t bytes = (int64_t)raddle_dtype_bytes(args->out_dtype);
-    for (int r = 0; r < job->rows; r++) {
+    for (int r = 0; r < group->rows; r++) {
         float *row = c + r * COLUMNS;
         for (int n = 0; args->bias && n < columns; n++) {
             row[n] += args->bias[first + n];
         }
         char *out =
-            (char *)args->out + ((job->row_begin + r) * args->out_stride_row + first) * bytes;
+            (char *)args->out + ((group->row_begin + r) * args->out_stride_row + first) * bytes;
         job->vec->store[args->out_dtype](out, row, columns);
     }
 }
 
-static void multiply_panel(const chunk_job *job, float *c, int64_t panel) {
+static void multiply_panel(const gemm_job *job, const row_group *group, float *c, int64_t panel) {
     const raddle_gemm_weight *w = job->weight;
     const raddle_gemm_tile tile = w->kernels->tile[w->dtype];
     const char *b = w->data + panel * w->depth_padded * COLUMNS * (int64_t)w->element_bytes;
+    if (w->depth == 0) {
+        memset(c, 0, (size_t)group->rows * COLUMNS * sizeof(*c));
+    }
     for (int64_t k = 0; k < w->depth_padded; k += BLOCK_DEPTH) {
         const int64_t left = w->depth_padded - k;
         const int depth = (int)(left < BLOCK_DEPTH ? left : BLOCK_DEPTH);
-        for (int t = 0; t < job->num_tiles; t++) {
-            const int rows = rows_of_tile(job, t);
-            const int64_t element = (int64_t)t * job->tile_rows * w->depth_padded + k * rows;
-            tile(c + (size_t)t * (size_t)job->tile_rows * COLUMNS,
-                 job->a + element * (int64_t)job->a_element_bytes,
+        for (int t = 0; t < group->num_tiles; t++) {
+            const int rows = rows_of_tile(group, t);
+            const int64_t element = (int64_t)t * group->tile_rows * w->depth_padded + k * rows;
+            tile(c + (size_t)t * (size_t)group->tile_rows * COLUMNS,
+                 group->a + element * (int64_t)job->a_element_bytes,
                  b + k * COLUMNS * (int64_t)w->element_bytes, rows, depth, k > 0);
         }
     }
 }
 
+/* Panels of all groups are numbered one group behind the other. */
 static void multiply_panels(void *context, int64_t begin, int64_t end, int worker) {
-    _Alignas(64) float c[CHUNK_ROWS * RADDLE_GEMM_COLUMNS];
-    (void)worker;
-    for (int64_t panel = begin; panel < end; panel++) {
-        multiply_panel(context, c, panel);
-        store_panel(context, c, panel);
+    _Alignas(CACHE_LINE) float c[MAX_GROUP_ROWS * RADDLE_GEMM_COLUMNS];
+    const gemm_job *job = context;
+    const int64_t num_panels = job->weight->num_panels;
+    while (begin < end) {
+        const row_group group = open_group(job, begin / num_panels, worker);
+        do {
+            multiply_panel(job, &group, c, begin % num_panels);
+            store_panel(job, &group, c, begin % num_panels);
+            begin++;
+        } while (begin < end && begin % num_panels != 0);
     }
 }
 
-/* Without depth the product is zero. */
-static void store_bias(chunk_job *job) {
-    float c[CHUNK_ROWS * RADDLE_GEMM_COLUMNS];
-    for (int64_t panel = 0; panel < job->weight->num_panels; panel++) {
-        memset(c, 0, sizeof(c));
-        store_panel(job, c, panel);
-    }
+static int64_t min_i64(int64_t a, int64_t b) {
+    return a < b ? a : b;
 }
 
-static int64_t panels_per_task(const chunk_job *job) {
-    const int64_t elements = job->weight->depth_padded * COLUMNS;
+static int64_t max_i64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static int64_t choose_group_rows(const gemm_job *job) {
+    const raddle_gemm_weight *w = job->weight;
+    const int64_t rows = job->args->rows;
+    const int64_t row_bytes = max_i64(1, w->depth_padded * (int64_t)job->a_element_bytes);
+    const int64_t most = min_i64(MAX_GROUP_ROWS, max_i64(MIN_STREAM_ROWS, L2_BYTES / row_bytes));
+    const int64_t weight_bytes = w->columns * w->depth_padded * (int64_t)w->element_bytes;
+    const int64_t least = weight_bytes <= L2_BYTES ? MIN_GROUP_ROWS : MIN_STREAM_ROWS;
+    const int64_t of_threads = min_i64(raddle_threads_count(), rows / least);
+    const int64_t num_groups = max_i64(max_i64(1, of_threads), (rows + most - 1) / most);
+    return (rows + num_groups - 1) / num_groups;
+}
+
+static int64_t panels_per_task(const gemm_job *job) {
+    const int64_t elements = max_i64(1, job->weight->depth_padded * COLUMNS);
     const int64_t by_bytes = TASK_BYTES / (elements * (int64_t)job->weight->element_bytes);
-    const int64_t by_products = TASK_PRODUCTS / (elements * job->rows);
-    const int64_t panels = by_bytes < by_products ? by_bytes : by_products;
-    return panels < 1 ? 1 : panels;
+    const int64_t by_products = TASK_PRODUCTS / (elements * job->group_rows);
+    return max_i64(1, min_i64(by_bytes, by_products));
 }
 
 /* One row of the type that the kernel reads needs no packing. */
-static bool can_use_directly(const raddle_gemm_weight *w, int rows) {
-    return rows == 1 && w->depth == w->depth_padded && (w->dtype == RADDLE_F32 || a_is_bf16(w));
+static bool can_use_directly(const gemm_job *job) {
+    const raddle_gemm_weight *w = job->weight;
+    return job->group_rows == 1 && w->depth == w->depth_padded &&
+           (w->dtype == RADDLE_F32 || a_is_bf16(w));
+}
+
+static raddle_status allocate_buffers(gemm_job *job) {
+    const size_t num_workers = (size_t)raddle_threads_count();
+    const size_t bytes =
+        (size_t)(job->group_rows * job->weight->depth_padded) * job->a_element_bytes;
+    job->buffer_bytes = (bytes + 2 * CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    job->buffers = raddle_alloc_aligned(num_workers * job->buffer_bytes, CACHE_LINE);
+    if (!job->buffers) {
+        return raddle_fail_memory(num_workers * job->buffer_bytes);
+    }
+    for (size_t i = 0; i < num_workers; i++) {
+        *(int64_t *)(void *)(job->buffers + i * job->buffer_bytes) = -1;
+    }
+    return RADDLE_OK;
 }
 
 raddle_status raddle_gemm_run(const raddle_gemm_weight *weight, const raddle_gemm_args *args) {
-    const int max_rows = weight->kernels->max_rows;
-    const int64_t chunk = args->rows < CHUNK_ROWS ? args->rows : CHUNK_ROWS;
-    chunk_job job = {
+    if (args->rows == 0 || weight->columns == 0) {
+        return RADDLE_OK;
+    }
+    gemm_job job = {
         .weight = weight,
         .args = args,
         .vec = raddle_vec_get(),
         .a_element_bytes = a_is_bf16(weight) ? sizeof(uint16_t) : sizeof(float),
     };
-    char *packed = NULL;
-    if (!can_use_directly(weight, (int)chunk)) {
-        const size_t bytes = (size_t)(chunk * weight->depth_padded) * job.a_element_bytes;
-        packed = raddle_alloc_aligned(bytes, 64);
-        if (!packed) {
-            return raddle_fail_memory(bytes);
-        }
+    job.group_rows = choose_group_rows(&job);
+    if (!can_use_directly(&job)) {
+        RADDLE_TRY(allocate_buffers(&job));
     }
-    for (int64_t row = 0; row < args->rows; row += CHUNK_ROWS) {
-        job.row_begin = row;
-        job.rows = (int)(args->rows - row < CHUNK_ROWS ? args->rows - row : CHUNK_ROWS);
-        job.num_tiles = (job.rows + max_rows - 1) / max_rows;
-        job.tile_rows = (job.rows + job.num_tiles - 1) / job.num_tiles;
-        if (weight->depth == 0) {
-            store_bias(&job);
-            continue;
-        }
-        if (packed) {
-            job.a = packed;
-            raddle_threads_for(pack_tiles, &job, job.num_tiles, 4);
-        } else {
-            job.a = (const char *)args->x;
-        }
-        raddle_threads_for(multiply_panels, &job, weight->num_panels, panels_per_task(&job));
-    }
-    raddle_free(packed);
+    const int64_t num_groups = (args->rows + job.group_rows - 1) / job.group_rows;
+    raddle_threads_for(multiply_panels, &job, num_groups * weight->num_panels,
+                       panels_per_task(&job));
+    raddle_free(job.buffers);
     return RADDLE_OK;
 }
