@@ -9,8 +9,30 @@
 #define RADDLE_ATTENTION_ATTENTION_H
 
 #include "base/arena.h"
+#include "base/tensor.h"
 #include "kernels/attention/attention_params.h"
 #include "runtime/plan.h"
+
+/* How a kernel multiplies stored K and V back. More kinds (per head, per token and head) add values
+ * here. */
+typedef enum raddle_kv_scale { RADDLE_KV_SCALE_NONE = 0 } raddle_kv_scale;
+
+/* One descriptor for every K/V store. Paged: page_size >= 1 and num_pages pages. Ragged: page_size
+ * 0, num_tokens rows, stride_page 0. Innermost stride is 1. */
+struct raddle_kv_cache {
+    void *k, *v;
+    int64_t k_stride_page, k_stride_token, k_stride_head; /* elements */
+    int64_t v_stride_page, v_stride_token, v_stride_head;
+    int64_t num_pages;
+    int64_t num_tokens;
+    int32_t page_size;
+    int32_t num_kv_heads;
+    int32_t head_dim_qk, head_dim_vo;
+    raddle_dtype k_dtype, v_dtype;
+    raddle_kv_scale k_scale, v_scale;
+    raddle_device device;
+    bool read_only;
+};
 
 /* Everything that a kernel is compiled for and the planner cuts by. No padding, hashable. */
 typedef struct raddle_attention_config {
@@ -75,6 +97,53 @@ struct raddle_attention_plan {
     int32_t *arrivals;              /* device memory of the plan, zeroed once */
     void *backend_state;            /* kernels on CUDA, scratch on the CPU */
 };
+
+/* ---------------------------------------------------------------- what others call
+ *
+ * raddle.h says what each does, beside its entry in the table. Pointers are not NULL but where it
+ * allows it. */
+
+raddle_status raddle_kv_cache_from_tensors(const raddle_tensor *k_or_kv, const raddle_tensor *v,
+                                           raddle_kv_layout layout, int32_t page_size,
+                                           raddle_kv_cache *out_cache);
+
+raddle_status raddle_attention_plan_create(const raddle_attention_spec *spec,
+                                           raddle_plan **out_plan);
+raddle_status raddle_attention_plan_update(raddle_plan *plan, const raddle_attention_batch *batch,
+                                           raddle_stream stream);
+raddle_status raddle_attention_plan_run(raddle_plan *plan, const raddle_attention_args *args,
+                                        raddle_stream stream);
+raddle_status raddle_attention_merge_state(const raddle_tensor *v_a, const raddle_tensor *s_a,
+                                           const raddle_tensor *v_b, const raddle_tensor *s_b,
+                                           const raddle_tensor *mask, const raddle_tensor *v_out,
+                                           const raddle_tensor *s_out, raddle_lse_base base,
+                                           raddle_stream stream);
+raddle_status raddle_attention_merge_states(const raddle_tensor *v, const raddle_tensor *s,
+                                            const raddle_tensor *v_out, const raddle_tensor *s_out,
+                                            raddle_lse_base base, raddle_stream stream);
+raddle_status raddle_attention_append(const raddle_tensor *k, const raddle_tensor *v,
+                                      const raddle_tensor *batch_indices,
+                                      const raddle_tensor *positions,
+                                      const raddle_tensor *kv_indptr,
+                                      const raddle_tensor *kv_indices, const raddle_kv_cache *kv,
+                                      raddle_stream stream);
+raddle_status raddle_attention_append_slots(const raddle_tensor *k, const raddle_tensor *v,
+                                            const raddle_tensor *slot_mapping,
+                                            const raddle_kv_cache *kv, raddle_stream stream);
+/* Not in the table yet. out[i] = K/V tokens of request i: (pages - 1) * page_size + last_page_len,
+ * or 0 without pages. */
+raddle_status raddle_attention_seq_lens(const raddle_tensor *indptr,
+                                        const raddle_tensor *last_page_len, int32_t page_size,
+                                        const raddle_tensor *out, raddle_stream stream);
+/* Nor this. Request and position of each of n appended rows: the rows of request i, from
+ * append_indptr[i] on, are its last tokens. Rows past the last request get -1 and 0, which append
+ * skips. */
+raddle_status raddle_attention_positions(const raddle_tensor *append_indptr,
+                                         const raddle_tensor *seq_lens,
+                                         const raddle_tensor *batch_indices,
+                                         const raddle_tensor *positions, raddle_stream stream);
+
+/* ---------------------------------------------------------------- within the family */
 
 /* attention_spec.c */
 raddle_status raddle_attention_spec_check(const raddle_attention_spec *spec,

@@ -201,9 +201,6 @@ static raddle_status copy_pages(const raddle_tensor *table, int64_t first, int64
 static raddle_status check_batch(const raddle_attention_plan *plan,
                                  const raddle_attention_batch *batch, int32_t *out_batch) {
     const bool paged = plan->spec.page_size > 0, table = batch->block_table != NULL;
-    RADDLE_REQUIRE(batch->struct_size == sizeof *batch, RADDLE_ERR_VALUE,
-                   "batch: struct_size is %u, this library knows %zu", (unsigned)batch->struct_size,
-                   sizeof *batch);
     RADDLE_REQUIRE((batch->qo_indptr == NULL) == (plan->spec.max_qo_len == 1), RADDLE_ERR_VALUE,
                    "qo_indptr: a decode plan (max_qo_len 1) takes none, every other plan needs it");
     int64_t count = 0;

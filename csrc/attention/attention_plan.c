@@ -9,6 +9,7 @@
 
 #include <string.h>
 
+#include "base/struct.h"
 #include "base/tensor.h"
 #include "runtime/graph.h"
 
@@ -179,10 +180,12 @@ static raddle_status update_plan(raddle_attention_plan *plan, const raddle_atten
     return RADDLE_OK;
 }
 
-raddle_status raddle_attention_plan_update(raddle_plan *base, const raddle_attention_batch *batch,
+raddle_status raddle_attention_plan_update(raddle_plan *base, const raddle_attention_batch *given,
                                            raddle_stream stream) {
+    raddle_attention_batch batch;
+    RADDLE_TRY(raddle_struct_read("batch", given, sizeof batch, &batch));
     RADDLE_TRY(raddle_plan_enter(base, RADDLE_PLAN_READY));
-    raddle_status status = update_plan((raddle_attention_plan *)base, batch, stream);
+    raddle_status status = update_plan((raddle_attention_plan *)base, &batch, stream);
     if (status == RADDLE_ERR_CAPACITY) {
         base->failed_capacity++;
     }
@@ -274,9 +277,11 @@ static raddle_status check_cache(const raddle_attention_plan *plan, const raddle
 
 static raddle_status check_args(const raddle_attention_plan *plan,
                                 const raddle_attention_args *args) {
-    RADDLE_REQUIRE(args->struct_size == sizeof *args, RADDLE_ERR_VALUE,
-                   "args: struct_size is %u, this library knows %zu", (unsigned)args->struct_size,
-                   sizeof *args);
+    RADDLE_REQUIRE(args->q != NULL && args->kv != NULL && args->out != NULL, RADDLE_ERR_VALUE,
+                   "args: expected q, kv and out, got NULL for %s",
+                   args->q == NULL    ? "q"
+                   : args->kv == NULL ? "kv"
+                                      : "out");
     RADDLE_TRY(check_rows(plan, args->q, plan->config.q_dtype, plan->config.head_dim_qk));
     RADDLE_TRY(check_cache(plan, args->kv));
     RADDLE_TRY(check_rows(plan, args->out, plan->config.o_dtype, plan->config.head_dim_vo));
@@ -324,12 +329,14 @@ static raddle_status run_plan(raddle_attention_plan *plan, const raddle_attentio
     return plan->ops->run(plan, &params, stream);
 }
 
-raddle_status raddle_attention_plan_run(raddle_plan *base, const raddle_attention_args *args,
+raddle_status raddle_attention_plan_run(raddle_plan *base, const raddle_attention_args *given,
                                         raddle_stream stream) {
+    raddle_attention_args args;
+    RADDLE_TRY(raddle_struct_read("args", given, sizeof args, &args));
     RADDLE_TRY(raddle_plan_enter(base, RADDLE_PLAN_PLANNED));
     raddle_status status = raddle_graph_note_plan(base);
     if (status == RADDLE_OK) {
-        status = run_plan((raddle_attention_plan *)base, args, stream);
+        status = run_plan((raddle_attention_plan *)base, &args, stream);
     }
     raddle_plan_leave(base);
     return status;

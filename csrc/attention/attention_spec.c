@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "base/struct.h"
 #include "base/tensor.h"
 
 enum { MAX_HEAD_DIM = 256, MAX_HEADS = 4096, CHUNK_MULTIPLE = 64 };
@@ -51,10 +52,11 @@ static raddle_status check_limits(raddle_attention_spec *spec) {
 
 raddle_status raddle_attention_spec_check(const raddle_attention_spec *given,
                                           raddle_attention_spec *out_spec) {
-    RADDLE_REQUIRE(given->struct_size == sizeof *given, RADDLE_ERR_VALUE,
-                   "spec: struct_size is %u, this library knows %zu; rebuild against its raddle.h",
-                   (unsigned)given->struct_size, sizeof *given);
-    raddle_attention_spec spec = *given;
+    raddle_attention_spec spec;
+    RADDLE_TRY(raddle_struct_read("spec", given, sizeof spec, &spec));
+    RADDLE_REQUIRE(spec.reserved == 0, RADDLE_ERR_VALUE,
+                   "spec: expected reserved = 0, got %u; zero the struct before filling it",
+                   (unsigned)spec.reserved);
     if (spec.kv_dtype == RADDLE_DTYPE_NONE) {
         spec.kv_dtype = spec.q_dtype;
     }

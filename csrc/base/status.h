@@ -15,6 +15,11 @@
 #define RADDLE_PRINTF(fmt, args)
 #endif
 
+/* This thread's record. The strings live until the thread fails again. */
+const raddle_error *raddle_last_error(void);
+const char *raddle_status_name(raddle_status status);
+const char *raddle_version(void);
+
 /* Fills this thread's record and returns code. */
 raddle_status raddle_fail(raddle_status code, const char *fmt, ...) RADDLE_PRINTF(2, 3);
 /* The same with a log (a compiler's output, say), which is copied. */

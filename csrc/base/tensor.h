@@ -5,6 +5,20 @@
 
 #include "base/status.h"
 
+enum { RADDLE_MAX_DIM = 8 };
+
+/* A view of memory that somebody else keeps alive for the duration of the call. */
+struct raddle_tensor {
+    void *data; /* byte offset applied; may be NULL only when an extent is 0 */
+    int64_t shape[RADDLE_MAX_DIM];
+    int64_t stride[RADDLE_MAX_DIM]; /* elements, any sign */
+    int32_t ndim;
+    raddle_dtype dtype;
+    raddle_device device;
+    bool read_only;
+    const char *name; /* as the user typed it, for messages; never NULL */
+};
+
 size_t raddle_dtype_bytes(raddle_dtype dtype);
 /* "bfloat16", "float8_e4m3fn", ... as torch spells them. */
 const char *raddle_dtype_name(raddle_dtype dtype);

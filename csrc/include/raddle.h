@@ -1,11 +1,29 @@
-/* raddle.h - the public C interface: types, enums and functions that callers outside the library
- * may use.
+/* raddle.h - the public C interface: how another extension module uses raddle.
  *
- * Conventions. Every fallible function returns a raddle_status and leaves its outputs untouched on
- * failure; raddle_last_error() then tells the calling thread what happened. Handles are opaque;
- * destroy accepts NULL. Strides are in elements, sizes in bytes say so in their name. Structs that
- * a caller fills begin with struct_size = sizeof the struct as the caller knows it, so that fields
- * can be added behind the last.
+ * There is nothing to link. raddle.get_include() names the folder of this file; Python.h comes
+ * first, and once, say in the module's exec slot,
+ *
+ *     const raddle_api *api = raddle_api_import();
+ *
+ * fetches the table of functions out of the capsule raddle._core._C_API, or sets ImportError.
+ *
+ * Conventions. Fallible functions return a raddle_status and leave their outputs untouched on
+ * failure; last_error then tells the calling thread what happened, and raise makes it the exception
+ * that raddle's Python functions raise. Handles are opaque; destroy and close accept NULL. Strides
+ * are in elements; sizes in bytes say so in their name.
+ *
+ * Structs that a caller fills begin with struct_size = sizeof the struct as the caller's header has
+ * it, and are zeroed before. An older caller's struct is shorter: what it lacks counts as zero, and
+ * zero means what the library did before the field came. A newer caller's is longer: it is refused
+ * with RADDLE_ERR_UNSUPPORTED if anything behind the end that the library knows is not zero. Fields
+ * are added behind the last, never into padding.
+ *
+ * Threads. tensor_open and raise are called with the GIL held. Everything else may be called with
+ * or without it, from any thread; release it around attention_plan_create (which may compile),
+ * attention_plan_update and, on the CPU, whatever computes. One thread at a time may be inside a
+ * plan: a second one gets RADDLE_ERR_STATE. Tensors and caches never change once made: any number
+ * of threads may pass the same one. Nothing may be called while a handle that it uses is closed or
+ * destroyed by another thread, nor after the interpreter has ended.
  */
 #ifndef RADDLE_H
 #define RADDLE_H
@@ -36,19 +54,15 @@ typedef enum raddle_status {
     RADDLE_STATUS_COUNT
 } raddle_status;
 
-/* What the last failing call on this thread left. The strings live until that thread fails again.
- */
+/* What the last failing call on this thread left. The strings live until that thread fails again,
+ * or raises. */
 typedef struct raddle_error {
     raddle_status code;
     const char *message; /* argument, what was expected, what came, what to do */
     const char *log;     /* compiler log, or "" */
 } raddle_error;
 
-const raddle_error *raddle_last_error(void);
-const char *raddle_status_name(raddle_status status);
-const char *raddle_version(void);
-
-/* ---------------------------------------------------------------- tensors */
+/* ---------------------------------------------------------------- words */
 
 typedef enum raddle_dtype {
     RADDLE_DTYPE_NONE = 0,
@@ -83,106 +97,28 @@ typedef struct raddle_device {
 /* A CUstream. NULL is the legacy default stream; ignored on the CPU. */
 typedef void *raddle_stream;
 
-enum { RADDLE_MAX_DIM = 8 };
+/* What a tensor is opened for. Writing into one that was opened to be read is refused. */
+typedef enum raddle_access { RADDLE_READ = 0, RADDLE_WRITE = 1 } raddle_access;
 
-/* A view of memory that somebody else keeps alive for the duration of the call. */
-typedef struct raddle_tensor {
-    void *data; /* byte offset applied; may be NULL only when an extent is 0 */
-    int64_t shape[RADDLE_MAX_DIM];
-    int64_t stride[RADDLE_MAX_DIM]; /* elements, any sign */
-    int32_t ndim;
-    raddle_dtype dtype;
-    raddle_device device;
-    bool read_only;
-    const char *name; /* as the user typed it, for messages; never NULL */
-} raddle_tensor;
-
-/* ---------------------------------------------------------------- plans and workspaces */
-
-typedef struct raddle_plan raddle_plan; /* all decisions of one family for one device */
-typedef struct raddle_workspace
-    raddle_workspace; /* scratch memory; plans ordered on one stream may share it */
-typedef struct raddle_graph raddle_graph; /* captured CUDA work and the plans it reads */
-
-void raddle_plan_destroy(raddle_plan *plan);
-/* Scratch bytes that plan needs for its declared maxima: exact, the same code as its use. */
-size_t raddle_plan_workspace_bytes(const raddle_plan *plan);
-raddle_status raddle_plan_bind_workspace(raddle_plan *plan, raddle_workspace *workspace);
-
-/* Scratch owned by raddle. */
-raddle_status raddle_workspace_create(raddle_device device, size_t bytes,
-                                      raddle_workspace **out_workspace);
-/* Scratch lent by the caller; release(context) runs when the last user is gone. release may be
- * NULL. */
-raddle_status raddle_workspace_wrap(raddle_device device, void *data, size_t bytes,
-                                    void (*release)(void *), void *context,
-                                    raddle_workspace **out_workspace);
-void raddle_workspace_destroy(raddle_workspace *workspace);
-size_t raddle_workspace_bytes(const raddle_workspace *workspace);
-
-/* ---------------------------------------------------------------- graphs */
-
-/* Captures what this thread launches between begin and end, to be launched again as one. stream
- * NULL: a stream of the graph's own (the legacy default stream cannot be captured);
- * raddle_graph_stream tells it. CUDA only. Between begin and end nothing may be planned, allocated
- * or waited for. Plans that run are kept alive by the graph and may be updated between launches
- * within their maxima; tensors stay the caller's to keep alive. */
-raddle_status raddle_graph_begin(raddle_device device, raddle_stream stream,
-                                 raddle_graph **out_graph);
-/* On the thread that began. A failure leaves a graph that is only good for destroy. */
-raddle_status raddle_graph_end(raddle_graph *graph);
-/* Ends the capture and forgets what was captured; on the thread that began. */
-void raddle_graph_abort(raddle_graph *graph);
-/* Waits on stream for the last update of every captured plan, then runs the graph there. Updates of
- * those plans must be ordered behind it by the caller if they go to another stream.
- * RADDLE_ERR_STATE when a plan was refused for capacity since the capture: the graph is stale,
- * capture anew. */
-raddle_status raddle_graph_launch(raddle_graph *graph, raddle_stream stream);
-raddle_stream raddle_graph_stream(const raddle_graph *graph);
-void raddle_graph_destroy(raddle_graph *graph);
-
-/* ---------------------------------------------------------------- KV cache */
-
+/* Order of a K/V store's axes: [.., tokens, heads, dim] or [.., heads, tokens, dim]. */
 typedef enum raddle_kv_layout { RADDLE_NHD = 0, RADDLE_HND = 1 } raddle_kv_layout;
 
-/* How a kernel multiplies stored K and V back. More kinds (per head, per token and head) add values
- * here. */
-typedef enum raddle_kv_scale { RADDLE_KV_SCALE_NONE = 0 } raddle_kv_scale;
+typedef enum raddle_lse_base { RADDLE_LSE_BASE_2 = 0, RADDLE_LSE_BASE_E = 1 } raddle_lse_base;
 
-/* One descriptor for every K/V store. Paged: page_size >= 1 and num_pages pages. Ragged: page_size
- * 0, num_tokens rows, stride_page 0. Innermost stride is 1. */
-typedef struct raddle_kv_cache {
-    void *k, *v;
-    int64_t k_stride_page, k_stride_token, k_stride_head; /* elements */
-    int64_t v_stride_page, v_stride_token, v_stride_head;
-    int64_t num_pages;
-    int64_t num_tokens;
-    int32_t page_size;
-    int32_t num_kv_heads;
-    int32_t head_dim_qk, head_dim_vo;
-    raddle_dtype k_dtype, v_dtype;
-    raddle_kv_scale k_scale, v_scale;
-    raddle_device device;
-    bool read_only;
-} raddle_kv_cache;
+/* ---------------------------------------------------------------- handles */
 
-/* Paged: k_or_kv is [num_pages, 2, page_size, num_kv_heads, head_dim] (NHD) or [num_pages, 2,
- * num_kv_heads, page_size, head_dim] (HND) with v NULL, or k and v apart, each without the 2.
- * page_size 0 says ragged: k and v are [tokens, num_kv_heads, head_dim] (NHD) or [num_kv_heads,
- * tokens, head_dim] (HND). */
-raddle_status raddle_kv_cache_from_tensors(const raddle_tensor *k_or_kv, const raddle_tensor *v,
-                                           raddle_kv_layout layout, int32_t page_size,
-                                           raddle_kv_cache *out_cache);
+typedef struct raddle_tensor raddle_tensor;       /* a checked view of somebody's memory */
+typedef struct raddle_kv_cache raddle_kv_cache;   /* K and V, and how they are laid out */
+typedef struct raddle_plan raddle_plan;           /* all decisions of one family for one device */
+typedef struct raddle_workspace raddle_workspace; /* scratch; plans of one stream may share it */
 
 /* ---------------------------------------------------------------- attention */
-
-typedef enum raddle_lse_base { RADDLE_LSE_BASE_2 = 0, RADDLE_LSE_BASE_E = 1 } raddle_lse_base;
 
 /* What is asked for; fixed for the life of a plan. Zero means the default where one is named. */
 typedef struct raddle_attention_spec {
     uint32_t struct_size;
     raddle_device device;
-    raddle_dtype q_dtype, kv_dtype, o_dtype; /* o_dtype NONE: as q */
+    raddle_dtype q_dtype, kv_dtype, o_dtype; /* kv_dtype, o_dtype NONE: as q */
     int32_t num_qo_heads, num_kv_heads;      /* num_qo_heads a multiple of num_kv_heads */
     int32_t head_dim_qk, head_dim_vo;        /* multiples of 8 up to 256; head_dim_vo 0: as qk */
     int32_t page_size;                       /* 0: ragged K/V */
@@ -196,9 +132,10 @@ typedef struct raddle_attention_spec {
     int64_t max_qo_tokens; /* query rows per update; 0: max_batch * max_qo_len, or refused */
     int32_t max_qo_len;    /* query rows of one request; 1: decode; 0: as many as max_qo_tokens */
     int32_t fixed_chunk;   /* 0: balanced; else every KV range is cut at multiples of this many
-                              tokens, whatever   else is in the batch, so that a request's result does
+                              tokens, whatever else is in the batch, so that a request's result does
                               not depend on its neighbours */
     int32_t max_ctas;      /* 0: all of the device; else at most so many CTAs (CPU: threads) */
+    uint32_t reserved;     /* 0: the place of the next field */
 } raddle_attention_spec;
 
 /* One batch. Index tensors are int32 or int64, 1-D, on the host or on the plan's device. */
@@ -224,49 +161,131 @@ typedef struct raddle_attention_args {
     const raddle_tensor *lse; /* float32 [qo tokens, num_qo_heads], or NULL */
 } raddle_attention_args;
 
-raddle_status raddle_attention_plan_create(const raddle_attention_spec *spec,
-                                           raddle_plan **out_plan);
-/* Computes the schedule on the host and sends it to the device on stream. A failure leaves the
- * previous batch. */
-raddle_status raddle_attention_plan_update(raddle_plan *plan, const raddle_attention_batch *batch,
-                                           raddle_stream stream);
-raddle_status raddle_attention_plan_run(raddle_plan *plan, const raddle_attention_args *args,
-                                        raddle_stream stream);
+/* ---------------------------------------------------------------- the table */
 
-/* v [n, heads, dim], s float32 [n, heads]; out may alias a. */
-raddle_status raddle_attention_merge_state(const raddle_tensor *v_a, const raddle_tensor *s_a,
+struct _object; /* PyObject */
+
+/* Goes up when an entry changes its meaning or its place; entries that are added only make
+ * struct_size larger. */
+#define RADDLE_API_VERSION 1u
+#define RADDLE_API_CAPSULE "raddle._core._C_API"
+
+typedef struct raddle_api {
+    size_t struct_size;
+    uint32_t version;
+    uint32_t reserved;
+
+    /* ---- errors */
+
+    const raddle_error *(*last_error)(void);
+    const char *(*status_name)(raddle_status status);
+    /* Sets the exception of raddle.errors for the failure that this thread just had; NULL. */
+    struct _object *(*raise)(raddle_status status);
+
+    /* ---- tensors */
+
+    /* Any object that raddle's Python functions take: torch, NumPy, raddle, whatever has
+     * __dlpack__. Its memory stays until close. name appears in messages and is copied. dtype: how
+     * to read the bits (bfloat16 out of a uint16 array, say), or NONE for the producer's word. As
+     * CPython's functions do, it returns 0, or -1 with an exception set. */
+    int (*tensor_open)(struct _object *object, const char *name, raddle_access access,
+                       raddle_dtype dtype, raddle_tensor **out_tensor);
+    /* dl_tensor: a DLTensor of DLPack 1.x. Its memory is the caller's to keep until close; the
+     * struct itself, its shape and its strides are not needed afterwards. */
+    raddle_status (*tensor_from_dlpack)(const void *dl_tensor, const char *name,
+                                        raddle_access access, raddle_dtype dtype,
+                                        raddle_tensor **out_tensor);
+    /* The stream that the object's framework was working on when it was opened, where it could say:
+     * what was computed there is only safe to read there. */
+    bool (*tensor_stream)(const raddle_tensor *tensor, raddle_stream *out_stream);
+    void (*tensor_close)(raddle_tensor *tensor);
+
+    /* ---- K/V stores */
+
+    /* Paged: k_or_kv is [num_pages, 2, page_size, num_kv_heads, head_dim] (NHD) or [num_pages, 2,
+     * num_kv_heads, page_size, head_dim] (HND) with v NULL, or k and v apart, each without the 2.
+     * page_size 0 says ragged: k and v are [tokens, num_kv_heads, head_dim] (NHD) or [num_kv_heads,
+     * tokens, head_dim] (HND). The tensors live on with the cache, closed or not. */
+    raddle_status (*kv_cache_create)(const raddle_tensor *k_or_kv, const raddle_tensor *v,
+                                     raddle_kv_layout layout, int32_t page_size,
+                                     raddle_kv_cache **out_cache);
+    void (*kv_cache_destroy)(raddle_kv_cache *cache);
+
+    /* ---- scratch */
+
+    /* Owned by raddle. */
+    raddle_status (*workspace_create)(raddle_device device, size_t bytes,
+                                      raddle_workspace **out_workspace);
+    /* Lent by the caller; release(context) runs when the last user is gone, on its thread. release
+     * may be NULL. */
+    raddle_status (*workspace_wrap)(raddle_device device, void *data, size_t bytes,
+                                    void (*release)(void *), void *context,
+                                    raddle_workspace **out_workspace);
+    /* Plans that it is bound to keep it. */
+    void (*workspace_destroy)(raddle_workspace *workspace);
+
+    /* ---- plans */
+
+    /* Scratch that plan needs for its declared maxima: exact, the same code as its use. NULL: 0. */
+    size_t (*plan_workspace_bytes)(const raddle_plan *plan);
+    /* A plan that none is bound to makes its own at the first update. */
+    raddle_status (*plan_bind_workspace)(raddle_plan *plan, raddle_workspace *workspace);
+    void (*plan_destroy)(raddle_plan *plan);
+
+    /* ---- attention */
+
+    raddle_status (*attention_plan_create)(const raddle_attention_spec *spec,
+                                           raddle_plan **out_plan);
+    /* Computes the schedule on the host and sends it to the device on stream. The tensors are not
+     * needed afterwards, but for a page table on the device: until stream has passed. A failure
+     * leaves the previous batch. */
+    raddle_status (*attention_plan_update)(raddle_plan *plan, const raddle_attention_batch *batch,
+                                           raddle_stream stream);
+    /* Allocates nothing; on CUDA it only launches, and may be captured. The memory of q, kv, out
+     * and lse is the caller's to keep until stream has passed, or for the life of a graph. */
+    raddle_status (*attention_plan_run)(raddle_plan *plan, const raddle_attention_args *args,
+                                        raddle_stream stream);
+    /* v [n, heads, dim], s float32 [n, heads], mask bool [n] or NULL: rows where it is false keep
+     * a. out may alias a. */
+    raddle_status (*attention_merge_state)(const raddle_tensor *v_a, const raddle_tensor *s_a,
                                            const raddle_tensor *v_b, const raddle_tensor *s_b,
                                            const raddle_tensor *mask, const raddle_tensor *v_out,
                                            const raddle_tensor *s_out, raddle_lse_base base,
                                            raddle_stream stream);
-/* v [n, states, heads, dim], s float32 [n, states, heads] -> [n, heads, dim], [n, heads]. */
-raddle_status raddle_attention_merge_states(const raddle_tensor *v, const raddle_tensor *s,
+    /* v [n, states, heads, dim], s float32 [n, states, heads] -> [n, heads, dim], [n, heads]. */
+    raddle_status (*attention_merge_states)(const raddle_tensor *v, const raddle_tensor *s,
                                             const raddle_tensor *v_out, const raddle_tensor *s_out,
                                             raddle_lse_base base, raddle_stream stream);
-
-/* Writes k and v [n, num_kv_heads, head_dim] into the cache. Page table: row i goes to position
- * positions[i] of request batch_indices[i]; a negative batch index skips the row. */
-raddle_status raddle_attention_append(const raddle_tensor *k, const raddle_tensor *v,
+    /* Writes k and v [n, num_kv_heads, head_dim] into the cache: row i goes to position
+     * positions[i] of request batch_indices[i]; a negative batch index skips the row. */
+    raddle_status (*attention_append)(const raddle_tensor *k, const raddle_tensor *v,
                                       const raddle_tensor *batch_indices,
                                       const raddle_tensor *positions,
                                       const raddle_tensor *kv_indptr,
                                       const raddle_tensor *kv_indices, const raddle_kv_cache *kv,
                                       raddle_stream stream);
-/* Row i goes to slot_mapping[i] = page * page_size + offset; -1 skips it. */
-raddle_status raddle_attention_append_slots(const raddle_tensor *k, const raddle_tensor *v,
+    /* Row i goes to slot_mapping[i] = page * page_size + offset; -1 skips it. */
+    raddle_status (*attention_append_slots)(const raddle_tensor *k, const raddle_tensor *v,
                                             const raddle_tensor *slot_mapping,
                                             const raddle_kv_cache *kv, raddle_stream stream);
+} raddle_api;
 
-/* out[i] = K/V tokens of request i: (pages - 1) * page_size + last_page_len, or 0 without pages. */
-raddle_status raddle_attention_seq_lens(const raddle_tensor *indptr,
-                                        const raddle_tensor *last_page_len, int32_t page_size,
-                                        const raddle_tensor *out, raddle_stream stream);
-/* Request and position of each of n appended rows: the rows of request i, from append_indptr[i] on,
- * are its last tokens. Rows past the last request get -1 and 0, which append skips. */
-raddle_status raddle_attention_positions(const raddle_tensor *append_indptr,
-                                         const raddle_tensor *seq_lens,
-                                         const raddle_tensor *batch_indices,
-                                         const raddle_tensor *positions, raddle_stream stream);
+#ifdef Py_PYTHON_H /* Python.h was included before */
+/* Imports raddle if need be. The table lives as long as the process. With the GIL held; NULL with
+ * an exception set. */
+static inline const raddle_api *raddle_api_import(void) {
+    const raddle_api *api = (const raddle_api *)PyCapsule_Import(RADDLE_API_CAPSULE, 0);
+    if (api != NULL && (api->version != RADDLE_API_VERSION || api->struct_size < sizeof *api)) {
+        PyErr_Format(PyExc_ImportError,
+                     "raddle: its C table has version %u and %zu bytes, this module was built for "
+                     "version %u and %zu; upgrade raddle, or build the module against its raddle.h",
+                     (unsigned)api->version, api->struct_size, (unsigned)RADDLE_API_VERSION,
+                     sizeof *api);
+        return NULL;
+    }
+    return api;
+}
+#endif
 
 #ifdef __cplusplus
 }

@@ -4,6 +4,7 @@
 
 #include "python/module.h"
 
+#include "base/tensor.h"
 #include "runtime/backend.h"
 #include "third_party/dlpack/dlpack.h"
 

@@ -48,6 +48,10 @@ struct raddle_plan {
 raddle_status raddle_plan_alloc(size_t bytes, const raddle_plan_ops *ops, raddle_device device,
                                 raddle_plan **out_plan);
 raddle_plan *raddle_plan_retain(raddle_plan *plan);
+void raddle_plan_destroy(raddle_plan *plan);
+/* Scratch bytes that plan needs for its declared maxima: exact, the same code as its use. */
+size_t raddle_plan_workspace_bytes(const raddle_plan *plan);
+raddle_status raddle_plan_bind_workspace(raddle_plan *plan, raddle_workspace *workspace);
 
 /* want: the least state that the call needs. Fails with RADDLE_ERR_STATE when another thread is
  * inside, when the plan is dead, or when nothing was planned yet. On success raddle_plan_leave must

@@ -15,7 +15,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "raddle.h"
+#include "base/status.h"
 
 static _Atomic int check_failures;
 static _Atomic int check_count;
