@@ -104,6 +104,7 @@ raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,
 typedef struct item {
     int32_t request, head, row_begin, row_end;
     int32_t kv_begin, kv_end;
+    int32_t num_alike; /* this item and those behind it that differ from it in the head alone */
 } item;
 
 typedef struct item_cursor {
@@ -128,6 +129,11 @@ static bool next_item(item_cursor *cursor, item *out) {
             raddle_attention_visible(request, config->group_size, config->causal != 0,
                                      cursor->spec->window_left, out->row_begin, out->row_end,
                                      &out->kv_begin, &out->kv_end);
+            out->num_alike = 1;
+            if (rows <= config->tile_rows) {
+                out->num_alike =
+                    (int32_t)ceil_div(config->num_kv_heads - out->head, config->heads_per_item);
+            }
             cursor->row = out->row_end;
             if (cursor->row == rows) {
                 cursor->row = 0;
@@ -140,6 +146,11 @@ static bool next_item(item_cursor *cursor, item *out) {
         cursor->row = 0;
     }
     return false;
+}
+
+/* Passes over items that are like the one that next_item() gave. */
+static void skip_alike(item_cursor *cursor, int32_t count) {
+    cursor->head += count * cursor->config->heads_per_item;
 }
 
 /* ------------------------------------------------------------------ one walk at a given load */
@@ -182,14 +193,29 @@ static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_e
     w->num_slots += is_cut;
 }
 
-/* A piece of an item for the current worker; in fixed-chunk mode a piece of a cut item is one
- * segment per chunk. */
-static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end, bool is_cut) {
+/* The item and the next count - 1 that are like it, all for the current worker. */
+static void emit_whole_items(walk *w, const item *it, int32_t count) {
+    const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->config->segment_cost;
+    w->used += count * cost;
+    w->left -= count * cost;
+    if (w->out == NULL) {
+        w->num_segments += count;
+        return;
+    }
+    item one = *it;
+    for (int32_t i = 0; i < count; i++) {
+        emit_segment(w, &one, it->kv_begin, it->kv_end, false);
+        one.head += w->config->heads_per_item;
+    }
+}
+
+/* A piece of a cut item for the current worker; in fixed-chunk mode it is one segment per chunk. */
+static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end) {
     const int32_t chunk = w->spec->fixed_chunk;
     w->used += (int64_t)(kv_end - kv_begin) + w->config->segment_cost;
     w->left -= kv_end - kv_begin;
-    if (!is_cut || chunk == 0) {
-        emit_segment(w, it, kv_begin, kv_end, is_cut);
+    if (chunk == 0) {
+        emit_segment(w, it, kv_begin, kv_end, true);
         return;
     }
     while (kv_begin < kv_end) {
@@ -229,36 +255,57 @@ static int32_t cut_position(const walk *w, int32_t kv_begin, int32_t kv_end) {
     return (int32_t)min64(at, kv_end);
 }
 
+/* How many of the item and those like it fit whole in what room the worker has. */
+static int32_t count_fitting(const walk *w, const item *it) {
+    const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->config->segment_cost;
+    const int64_t room = w->load - w->used;
+    return cost > room ? 0 : cost * it->num_alike <= room ? it->num_alike : (int32_t)(room / cost);
+}
+
+/* Gives the item to as many workers as it takes, beginning with the current one. False when more
+ * than num_workers would be needed. */
+static bool cut_item(walk *w, const item *it) {
+    const int32_t first_slot = w->num_slots;
+    int32_t kv_begin = it->kv_begin;
+    bool is_cut = false;
+    for (;;) {
+        const int64_t cost = (int64_t)(it->kv_end - kv_begin) + w->config->segment_cost;
+        const bool fits = cost <= w->load - w->used;
+        const int32_t end = fits ? it->kv_end : cut_position(w, kv_begin, it->kv_end);
+        if (end == it->kv_end && (fits || end > kv_begin)) {
+            if (!is_cut) {
+                emit_whole_items(w, it, 1);
+                return true;
+            }
+            emit_piece(w, it, kv_begin, end);
+            w->left -= w->config->segment_cost;
+            finish_cut_item(w, it, first_slot);
+            return true;
+        }
+        if (end > kv_begin) {
+            is_cut = true;
+            emit_piece(w, it, kv_begin, end);
+            kv_begin = end;
+        }
+        close_worker(w);
+        if (w->left > w->load * (w->config->num_workers - w->worker)) {
+            return false;
+        }
+    }
+}
+
 /* Lays all items out at w->load. False when more than num_workers would be needed. */
 static bool fill_workers(walk *w, const raddle_attention_request *requests, int32_t batch) {
     item_cursor cursor = {
         .spec = w->spec, .config = w->config, .requests = requests, .batch = batch};
     item it;
     while (next_item(&cursor, &it)) {
-        const int32_t first_slot = w->num_slots;
-        int32_t kv_begin = it.kv_begin;
-        bool is_cut = false;
-        for (;;) {
-            const int64_t cost = (int64_t)(it.kv_end - kv_begin) + w->config->segment_cost;
-            const bool fits = cost <= w->load - w->used;
-            const int32_t end = fits ? it.kv_end : cut_position(w, kv_begin, it.kv_end);
-            if (end == it.kv_end && (fits || end > kv_begin)) {
-                emit_piece(w, &it, kv_begin, end, is_cut);
-                w->left -= w->config->segment_cost;
-                break;
-            }
-            if (end > kv_begin) {
-                is_cut = true;
-                emit_piece(w, &it, kv_begin, end, true);
-                kv_begin = end;
-            }
-            close_worker(w);
-            if (w->left > w->load * (w->config->num_workers - w->worker)) {
-                return false;
-            }
-        }
-        if (is_cut) {
-            finish_cut_item(w, &it, first_slot);
+        const int32_t count = count_fitting(w, &it);
+        if (count > 0) {
+            emit_whole_items(w, &it, count);
+            skip_alike(&cursor, count - 1);
+        } else if (!cut_item(w, &it)) {
+            return false;
         }
     }
     return true;
@@ -276,8 +323,9 @@ static totals sum_items(const raddle_attention_spec *spec, const raddle_attentio
     totals sum = {0};
     item it;
     while (next_item(&cursor, &it)) {
-        sum.items++;
-        sum.tokens += it.kv_end - it.kv_begin;
+        sum.items += it.num_alike;
+        sum.tokens += (int64_t)it.num_alike * (it.kv_end - it.kv_begin);
+        skip_alike(&cursor, it.num_alike - 1);
     }
     return sum;
 }
