@@ -21,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PUBLIC_HEADER = ROOT / "csrc" / "include" / "raddle.h"  # raddle.get_include() finds it
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wstrict-prototypes", "-Wvla"]
@@ -115,6 +116,8 @@ class BuildExt(build_ext):
             build_temp=self.build_temp,
             target_lang="c",
         )
+        include = Path(self.get_ext_fullpath(ext.name)).parent / "include"
+        write_if_changed(include / PUBLIC_HEADER.name, PUBLIC_HEADER.read_text())
 
 
 def find_kernels():

@@ -25,6 +25,7 @@ int raddle_py_add_ops(PyObject *module);       /* what stands around attention, 
 int raddle_py_add_runtime(PyObject *module);   /* Workspace, Graph */
 int raddle_py_add_system(PyObject *module);    /* doctor's facts, cache, warmup, counters */
 int raddle_py_add_measure(PyObject *module);   /* what the benchmarks measure by */
+int raddle_py_add_capi(PyObject *module);      /* the function table for other extensions */
 
 /* Raises what the core noticed since the last call (cuda/notice.h) as RuntimeWarning: called when a
  * plan was made. -1 when a warning became an exception. */

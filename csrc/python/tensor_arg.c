@@ -541,6 +541,8 @@ int raddle_tensor_hold_open(PyObject *object, const char *name, int access, radd
         return -1;
     }
     hold->tensor = arg.tensor;
+    hold->stream = arg.stream;
+    hold->has_stream = arg.has_stream;
     if (!arg.view) {
         return 0;
     }

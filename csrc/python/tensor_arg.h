@@ -37,6 +37,8 @@ void raddle_tensor_arg_close(raddle_tensor_arg *arg); /* of an opened or zeroed 
 typedef struct raddle_tensor_hold {
     raddle_tensor tensor;
     PyObject *owner;
+    raddle_stream stream; /* as in raddle_tensor_arg */
+    int has_stream;
 } raddle_tensor_hold;
 int raddle_tensor_hold_open(PyObject *object, const char *name, int access, raddle_dtype dtype,
                             raddle_tensor_hold *hold);

@@ -34,11 +34,25 @@ __all__ = [
     "empty",
     "errors",
     "from_dlpack",
+    "get_include",
     "graph",
     "ops",
     "tensor",
     "zeros",
 ]
+
+
+def get_include():
+    """The folder of raddle.h, for extension modules that use the C table raddle._core._C_API.
+
+    Raises RaddleIOError when the header was not installed with the package."""
+    from pathlib import Path
+
+    here = Path(__file__).resolve().parent
+    for folder in (here / "include", here.parents[1] / "csrc" / "include"):  # installed, editable
+        if (folder / "raddle.h").is_file():
+            return str(folder)
+    raise errors.RaddleIOError(f"{here}/include/raddle.h: no such file; install raddle anew")
 
 
 def __getattr__(name):

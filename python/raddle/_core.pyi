@@ -4,6 +4,7 @@ import sys
 from typing import Any, Self, final
 
 __version__: str
+_C_API: Any  # a capsule: the function table of raddle.h
 
 # -- tensors ------------------------------------------------------------------------------------
 
