@@ -14,6 +14,23 @@ import raddle
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# For scripts: the beginning of the stub's panel (tests/c/stub.h).
+PANEL = """
+import ctypes
+
+class Panel(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("version", "num_devices", "arch", "init_result")]
+    _fields_ += [("free_bytes", ctypes.c_size_t), ("fail_function", ctypes.c_char_p)]
+    _fields_ += [(name, ctypes.c_int) for name in ("fail_skip", "fail_result", "fail_work")]
+
+_stub = ctypes.CDLL("libcuda.so.1")
+_stub.stub_cuda_panel.restype = ctypes.POINTER(Panel)
+panel = _stub.stub_cuda_panel().contents
+
+def fail_call(function, result):  # the next one answers result
+    panel.fail_function, panel.fail_skip, panel.fail_result = function, 0, result
+"""
+
 
 def build_stubs(folder):
     """The stub libraries in folder; skips without a compiler or a checkout."""

@@ -171,7 +171,11 @@ static raddle_status update_plan(raddle_attention_plan *plan, const raddle_atten
                                            &reading));
     RADDLE_TRY(raddle_attention_schedule_build(&plan->spec, &plan->config, &plan->limits,
                                                reading.batch, &slot.schedule));
-    RADDLE_TRY(send_slot(plan, &reading, &slot, slot_data, stream));
+    const raddle_status sent = send_slot(plan, &reading, &slot, slot_data, stream);
+    if (sent != RADDLE_OK) {
+        plan->base.state = RADDLE_PLAN_READY; /* the device may have a part of the new batch */
+        return sent;
+    }
     plan->host = slot.schedule;
     plan->max_page_id = reading.max_page_id;
     plan->host_pages = slot.pages;
@@ -189,8 +193,7 @@ raddle_status raddle_attention_plan_update(raddle_plan *base, const raddle_atten
     if (status == RADDLE_ERR_CAPACITY) {
         base->failed_capacity++;
     }
-    raddle_plan_leave(base);
-    return status;
+    return raddle_plan_leave(base, status);
 }
 
 /* ------------------------------------------------------------------ run */
@@ -338,6 +341,5 @@ raddle_status raddle_attention_plan_run(raddle_plan *base, const raddle_attentio
     if (status == RADDLE_OK) {
         status = run_plan((raddle_attention_plan *)base, &args, stream);
     }
-    raddle_plan_leave(base);
-    return status;
+    return raddle_plan_leave(base, status);
 }

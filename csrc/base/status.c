@@ -130,6 +130,7 @@ const char *raddle_status_name(raddle_status status) {
         [RADDLE_ERR_CUDA] = "RADDLE_ERR_CUDA",
         [RADDLE_ERR_IO] = "RADDLE_ERR_IO",
         [RADDLE_ERR_MEMORY] = "RADDLE_ERR_MEMORY",
+        [RADDLE_ERR_CUDA_ASYNC] = "RADDLE_ERR_CUDA_ASYNC",
     };
     const unsigned index = (unsigned)status;
     return index < RADDLE_STATUS_COUNT ? names[index] : "RADDLE_ERR_UNKNOWN";

@@ -143,6 +143,31 @@ int raddle_cuda_driver_version(void) {
     return is_open ? driver.version : 0;
 }
 
+/* Whether work that was queued before failed while it ran. After each of these the driver answers
+ * every further call on the context in the same way (the CUresult page of its manual). What a call
+ * answers for itself, a launch out of resources (701) too, is not among them. */
+static bool is_asynchronous(CUresult result) {
+    switch (result) {
+    case 214: /* CUDA_ERROR_ECC_UNCORRECTABLE */
+    case 226: /* CUDA_ERROR_CONTAINED */
+    case 700: /* CUDA_ERROR_ILLEGAL_ADDRESS */
+    case 702: /* CUDA_ERROR_LAUNCH_TIMEOUT */
+    case 710: /* CUDA_ERROR_ASSERT */
+    case 714: /* CUDA_ERROR_HARDWARE_STACK_ERROR */
+    case 715: /* CUDA_ERROR_ILLEGAL_INSTRUCTION */
+    case 716: /* CUDA_ERROR_MISALIGNED_ADDRESS */
+    case 717: /* CUDA_ERROR_INVALID_ADDRESS_SPACE */
+    case 718: /* CUDA_ERROR_INVALID_PC */
+    case 719: /* CUDA_ERROR_LAUNCH_FAILED */
+    case 721: /* CUDA_ERROR_TENSOR_MEMORY_LEAK */
+    case 810: /* CUDA_ERROR_MPS_CLIENT_TERMINATED */
+    case 911: /* CUDA_ERROR_EXTERNAL_DEVICE */
+        return true;
+    default:
+        return false;
+    }
+}
+
 raddle_status raddle_cuda_check(CUresult result, const char *doing) {
     if (result == 0) {
         return RADDLE_OK;
@@ -155,6 +180,15 @@ raddle_status raddle_cuda_check(CUresult result, const char *doing) {
                            "%s: not possible while a CUDA stream is being captured (%s: %s); make "
                            "plans, bind workspaces and call plan() before the capture",
                            doing, name, text);
+    }
+    if (is_asynchronous(result)) {
+        return raddle_fail(RADDLE_ERR_CUDA_ASYNC,
+                           "%s: the CUDA driver answered %s (%d: %s), an asynchronous error: a "
+                           "kernel or copy that this process had queued before failed on the GPU, "
+                           "and the CUDA context is lost with all that is in it; restart the "
+                           "process; compute-sanitizer shows the kernel, CUDA_LAUNCH_BLOCKING=1 "
+                           "the call that launches it",
+                           doing, name, result, text);
     }
     return raddle_fail(RADDLE_ERR_CUDA, "%s: the CUDA driver answered %s (%d: %s)", doing, name,
                        result, text);

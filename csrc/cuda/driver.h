@@ -119,7 +119,8 @@ raddle_status raddle_cuda_driver_get(const raddle_cuda_driver **out_driver);
 /* Version of the driver as in raddle_cuda_driver, without initialising it; 0 when there is none. */
 int raddle_cuda_driver_version(void);
 /* RADDLE_OK, or RADDLE_ERR_CUDA with what was being done and the driver's name and sentence for
- * result; what a stream capture forbids is RADDLE_ERR_STATE. */
+ * result. What a stream capture forbids is RADDLE_ERR_STATE. The failure of work that was queued
+ * before is RADDLE_ERR_CUDA_ASYNC, whichever call the driver answers with it. */
 raddle_status raddle_cuda_check(CUresult result, const char *doing);
 /* RADDLE_ERR_DEVICE in a child of a process that had used CUDA. A flag: no system call. */
 raddle_status raddle_cuda_check_fork(void);

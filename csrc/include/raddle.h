@@ -24,6 +24,9 @@
  * plan: a second one gets RADDLE_ERR_STATE. Tensors and caches never change once made: any number
  * of threads may pass the same one. Nothing may be called while a handle that it uses is closed or
  * destroyed by another thread, nor after the interpreter has ended.
+ *
+ * Errors that arrive late. RADDLE_ERR_CUDA_ASYNC from a call on a plan leaves it dead: later calls
+ * on it are RADDLE_ERR_STATE, and destroy is all that is left. After any other error it can be used.
  */
 #ifndef RADDLE_H
 #define RADDLE_H
@@ -51,6 +54,7 @@ typedef enum raddle_status {
     RADDLE_ERR_CUDA,        /* the driver said no; the message has its own name for it */
     RADDLE_ERR_IO,          /* a file could not be read or written */
     RADDLE_ERR_MEMORY,      /* an allocation failed */
+    RADDLE_ERR_CUDA_ASYNC, /* GPU work queued by an earlier call failed: the CUDA context is lost */
     RADDLE_STATUS_COUNT
 } raddle_status;
 
@@ -238,7 +242,7 @@ typedef struct raddle_api {
                                            raddle_plan **out_plan);
     /* Computes the schedule on the host and sends it to the device on stream. The tensors are not
      * needed afterwards, but for a page table on the device: until stream has passed. A failure
-     * leaves the previous batch. */
+     * leaves the previous batch, one of the driver while it sends leaves none. */
     raddle_status (*attention_plan_update)(raddle_plan *plan, const raddle_attention_batch *batch,
                                            raddle_stream stream);
     /* Allocates nothing; on CUDA it only launches, and may be captured. The memory of q, kv, out

@@ -19,6 +19,7 @@ static const char *const class_names[RADDLE_STATUS_COUNT] = {
     [RADDLE_ERR_CUDA] = "CudaError",
     [RADDLE_ERR_IO] = "RaddleIOError",
     [RADDLE_ERR_MEMORY] = "RaddleMemoryError",
+    [RADDLE_ERR_CUDA_ASYNC] = "CudaError",
 };
 
 /* Messages may quote a compiler or a file name: bytes that are not UTF-8 must not hide the error.

@@ -176,7 +176,7 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
         /* The core says it better, and before a result of unknown shape is made. */
         status = raddle_plan_enter(self->plan, RADDLE_PLAN_PLANNED);
         if (status == RADDLE_OK) {
-            raddle_plan_leave(self->plan);
+            status = raddle_plan_leave(self->plan, status);
         }
     }
     if (status == RADDLE_OK) {
@@ -260,7 +260,7 @@ static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
         header->num_slots, "group_size", config->group_size, "num_kv_heads", config->num_kv_heads,
         "token_bytes",
         (config->head_dim_qk + config->head_dim_vo) * (int)raddle_dtype_bytes(config->kv_dtype));
-    raddle_plan_leave(self->plan);
+    (void)raddle_plan_leave(self->plan, RADDLE_OK);
     return result;
 }
 

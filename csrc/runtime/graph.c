@@ -89,7 +89,7 @@ static raddle_status ready_plan(raddle_graph *graph, const noted_plan *noted,
     } else if (plan->staging != NULL) {
         status = raddle_staging_wait(plan->staging, stream);
     }
-    raddle_plan_leave(plan);
+    status = raddle_plan_leave(plan, status);
     return status == RADDLE_OK ? raddle_graph_note_plan(plan) : status;
 }
 
@@ -215,8 +215,13 @@ void raddle_graph_abort(raddle_graph *graph) {
 static raddle_status check_ready(const raddle_graph *graph) {
     RADDLE_REQUIRE(graph->state != RADDLE_GRAPH_CAPTURING, RADDLE_ERR_STATE,
                    "launch: the graph is still being captured; end the capture first");
-    RADDLE_REQUIRE(graph->state != RADDLE_GRAPH_FAILED, RADDLE_ERR_STATE,
+    RADDLE_REQUIRE(graph->state != RADDLE_GRAPH_FAILED || graph->exec != NULL, RADDLE_ERR_STATE,
                    "launch: the capture of this graph failed; capture a new one");
+    RADDLE_REQUIRE(graph->state != RADDLE_GRAPH_FAILED, RADDLE_ERR_STATE,
+                   "launch: this graph is dead: an earlier launch of it found that work had failed "
+                   "on cuda:%d (an asynchronous error) and the CUDA context was lost; restart the "
+                   "process",
+                   graph->device->index);
     RADDLE_REQUIRE(graph->state != RADDLE_GRAPH_STALE, RADDLE_ERR_STATE,
                    "launch: the graph is stale: a plan refused a batch beyond its maxima since the "
                    "capture; make a plan that is large enough and capture again");
@@ -247,6 +252,9 @@ raddle_status raddle_graph_launch(raddle_graph *graph, raddle_stream stream) {
     }
     if (status == RADDLE_OK) {
         status = launch_exec(graph, stream);
+    }
+    if (status == RADDLE_ERR_CUDA_ASYNC) {
+        graph->state = RADDLE_GRAPH_FAILED; /* its plans find out by their own next calls */
     }
     raddle_cuda_pop(graph->device, pushed);
     return status;

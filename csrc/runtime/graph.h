@@ -1,9 +1,11 @@
 /* graph.h - CUDA graphs: captured work, and the plans that it reads.
  *
  * CAPTURING (begin .. end, one thread) -> READY -> STALE (a captured plan was given a batch beyond
- * its maxima; sticky). A capture that failed or was aborted is FAILED. A capture by somebody else (torch.cuda.graph) is not seen here: runs are capture-safe
- * by themselves, but nothing holds their plans then, and launches are not ordered behind updates on
- * other streams.
+ * its maxima; sticky). FAILED, for good: the capture failed or was aborted, or a launch was answered
+ * that work queued before had failed (RADDLE_ERR_CUDA_ASYNC); what the driver answers for a launch
+ * itself leaves the graph READY. A capture by somebody else (torch.cuda.graph) is not seen here:
+ * runs are capture-safe by themselves, but nothing holds their plans then, and launches are not
+ * ordered behind updates on other streams.
  */
 #ifndef RADDLE_RUNTIME_GRAPH_H
 #define RADDLE_RUNTIME_GRAPH_H
@@ -33,7 +35,7 @@ void raddle_graph_abort(raddle_graph *graph);
 /* Waits on stream for the last update of every captured plan, then runs the graph there. Updates of
  * those plans must be ordered behind it by the caller if they go to another stream.
  * RADDLE_ERR_STATE when a plan was refused for capacity since the capture: the graph is stale,
- * capture anew. */
+ * capture anew. RADDLE_ERR_CUDA_ASYNC leaves it FAILED. */
 raddle_status raddle_graph_launch(raddle_graph *graph, raddle_stream stream);
 raddle_stream raddle_graph_stream(const raddle_graph *graph);
 void raddle_graph_destroy(raddle_graph *graph);

@@ -76,8 +76,7 @@ raddle_status raddle_plan_bind_workspace(raddle_plan *plan, raddle_workspace *wo
         raddle_workspace_destroy(plan->workspace);
         plan->workspace = raddle_workspace_retain(workspace);
     }
-    raddle_plan_leave(plan);
-    return status;
+    return raddle_plan_leave(plan, status);
 }
 
 raddle_status raddle_plan_enter(raddle_plan *plan, raddle_plan_state want) {
@@ -88,24 +87,35 @@ raddle_status raddle_plan_enter(raddle_plan *plan, raddle_plan_state want) {
                            "plan: another thread is inside this %s plan; use one plan per thread",
                            plan->ops->family);
     }
+    char device[16];
     if (plan->state == RADDLE_PLAN_DEAD) {
-        raddle_plan_leave(plan);
-        return raddle_fail(RADDLE_ERR_STATE,
-                           "plan: an earlier launch of this %s plan failed on the device "
-                           "(asynchronously); make a new plan",
-                           plan->ops->family);
+        return raddle_plan_leave(
+            plan, raddle_fail(RADDLE_ERR_STATE,
+                              "plan: this %s plan is dead: an earlier call on it found that work "
+                              "had failed on %s (an asynchronous error) and the CUDA context was "
+                              "lost; restart the process",
+                              plan->ops->family, raddle_device_text(plan->device, device)));
     }
     if (plan->state < want) {
-        raddle_plan_leave(plan);
-        return raddle_fail(RADDLE_ERR_STATE,
-                           "run: nothing is planned yet in this %s plan; call plan() first",
-                           plan->ops->family);
+        return raddle_plan_leave(
+            plan, raddle_fail(RADDLE_ERR_STATE,
+                              "run: nothing is planned yet in this %s plan; call plan() first",
+                              plan->ops->family));
     }
     return RADDLE_OK;
 }
 
-void raddle_plan_leave(raddle_plan *plan) {
+raddle_status raddle_plan_leave(raddle_plan *plan, raddle_status status) {
+    char device[16];
+    if (status == RADDLE_ERR_CUDA_ASYNC) {
+        plan->state = RADDLE_PLAN_DEAD;
+        status = raddle_fail(status, "%s; this %s plan on %s (batches planned: %llu) is dead",
+                             raddle_last_error()->message, plan->ops->family,
+                             raddle_device_text(plan->device, device),
+                             (unsigned long long)plan->generation);
+    }
     __atomic_store_n(&plan->busy, 0, __ATOMIC_RELEASE);
+    return status;
 }
 
 raddle_status raddle_plan_ensure_workspace(raddle_plan *plan) {
@@ -122,8 +132,4 @@ raddle_status raddle_plan_ensure_workspace(raddle_plan *plan) {
     }
     plan->workspace = workspace;
     return RADDLE_OK;
-}
-
-void raddle_plan_kill(raddle_plan *plan) {
-    plan->state = RADDLE_PLAN_DEAD;
 }

@@ -1,7 +1,7 @@
 /* plan.h - the part of a plan that every family shares: states, the busy flag, scratch, references.
  *
  * A family's plan begins with a raddle_plan. States: READY (kernels there, nothing planned) ->
- * PLANNED (generation counts updates) -> DEAD (a launch failed late; only destroy is left). NEW is
+ * PLANNED (generation counts updates) -> DEAD (GPU work failed late; only destroy is left). NEW is
  * only seen inside create. Every entry point brackets its work with raddle_plan_enter /
  * raddle_plan_leave: two threads in one plan is an error, not a race. A graph retains the plans it
  * captured; an update that no longer fits fails and marks the generation, so that the graph can
@@ -57,11 +57,12 @@ raddle_status raddle_plan_bind_workspace(raddle_plan *plan, raddle_workspace *wo
  * inside, when the plan is dead, or when nothing was planned yet. On success raddle_plan_leave must
  * follow. */
 raddle_status raddle_plan_enter(raddle_plan *plan, raddle_plan_state want);
-void raddle_plan_leave(raddle_plan *plan);
+/* Returns status, what came of the call. RADDLE_ERR_CUDA_ASYNC leaves the plan dead, and its message
+ * then says so: the driver does not tell whose work failed, but nothing of this plan on the device
+ * is left. */
+raddle_status raddle_plan_leave(raddle_plan *plan, raddle_status status);
 /* Scratch is bound and carved: makes a workspace of the exact size when the user bound none. Not
  * during capture. */
 raddle_status raddle_plan_ensure_workspace(raddle_plan *plan);
-/* A launch failed after the call that queued it had returned. */
-void raddle_plan_kill(raddle_plan *plan);
 
 #endif

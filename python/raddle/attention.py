@@ -15,6 +15,12 @@ Masks: causal is aligned to the bottom right (query i of qo_len sees key j iff j
 + i), `window_left` keys before its own are seen by each query (negative: all). A row that sees
 nothing is exactly 0, its lse -inf.
 
+A CudaError that calls itself asynchronous tells of GPU work that failed after the call that queued
+it had returned; the driver does not say whose. The plan whose call raises it is dead (StateError
+from then on), and so is everything else in the CUDA context: restart the process. Plans on the CPU
+and on other GPUs go on. After any other error a plan can be used on; where the driver failed while
+plan() was sending a batch, plan again first.
+
 The log-sum-exp that comes back belongs to the scaled logits, in base 2 unless lse_base="e".
 
 Planning and sharing after FlashInfer (arXiv 2501.01005), split K/V after Flash-Decoding.

@@ -58,7 +58,11 @@ class CompileError(RaddleError, RuntimeError):
 
 
 class CudaError(RaddleError, RuntimeError):
-    """The CUDA driver refused; the message has the driver's own name for it."""
+    """The CUDA driver refused; the message has the driver's own name for it.
+
+    An asynchronous one, which says so, is the failure of GPU work that an earlier call had queued:
+    the CUDA context is lost, and the process must be restarted to use that GPU again.
+    """
 
 
 class RaddleIOError(RaddleError, OSError):

@@ -57,8 +57,9 @@ class Graph:
 
         Waits there for the last plan() of every captured plan, whatever stream that went to; a
         later plan() on another stream must be ordered behind the launch by the caller. Returns at
-        once. Raises StateError for a graph that is not captured, or stale; CudaError when the
-        driver refuses.
+        once. Raises StateError for a graph that is not captured, stale or dead; CudaError when the
+        driver refuses. One that calls itself asynchronous (work queued before has failed, and the
+        CUDA context is lost) leaves the graph dead, in state "failed".
         """
         self._graph.launch(stream)
 

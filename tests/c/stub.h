@@ -26,13 +26,16 @@ typedef struct stub_launch {
     unsigned char params[64]; /* first bytes of the one argument */
 } stub_launch;
 
-typedef struct stub_cuda_state {
+typedef struct stub_cuda_state { /* tests/stub_driver.py has its beginning, too */
     /* What the machine has. */
     int version, num_devices, arch, init_result;
     size_t free_bytes;
     /* Failure to inject: the skip-th next call of this function answers result; once. */
     const char *fail_function;
     int fail_skip, fail_result;
+    /* What the next work answers when it runs, whose call succeeds; once. Its context is lost with
+     * it: nothing else there runs, and calls answer lost[device]. */
+    int fail_work, lost[2];
     /* Work is queued and only run when somebody waits for it (default: at once). */
     bool is_lazy;
     /* Books. */

@@ -42,6 +42,8 @@ typedef struct work {
     unsigned char value;
     CUevent event;
     uint64_t mark; /* of the event's record */
+    int device;
+    CUresult result; /* not SUCCESS: fails when it runs */
 } work;
 
 typedef struct work_list {
@@ -100,33 +102,41 @@ EXPORT void *stub_cuda_panel(void) {
 
 static CUresult enter(const char *name) {
     state.calls++;
-    if (state.fail_function != NULL && strcmp(state.fail_function, name) == 0) {
-        if (state.fail_skip-- == 0) {
-            state.fail_function = NULL;
-            return state.fail_result;
-        }
+    if (state.fail_function != NULL && strcmp(state.fail_function, name) == 0 &&
+        state.fail_skip-- == 0) {
+        state.fail_function = NULL;
+        return state.fail_result;
     }
     return SUCCESS;
 }
 
-#define ENTER()                                                                                    \
-    do {                                                                                           \
-        CUresult injected_ = enter(__func__);                                                      \
-        if (injected_ != SUCCESS) {                                                                \
-            return injected_;                                                                      \
-        }                                                                                          \
-    } while (0)
+/* Whether the process may call on a context at all. */
+static CUresult check_context(void) {
+    return !is_initialised || init_pid != getpid() ? ERROR_NOT_INITIALIZED
+           : depth == 0                            ? ERROR_INVALID_CONTEXT
+                                                   : SUCCESS;
+}
 
-#define ENTER_WITH_CONTEXT()                                                                       \
+/* What calls on the current context answer since work of it failed. */
+static CUresult lost(void) {
+    return state.lost[stack[depth - 1]->device];
+}
+
+#define TRY(expression)                                                                            \
     do {                                                                                           \
-        ENTER();                                                                                   \
-        if (!is_initialised || init_pid != getpid()) {                                             \
-            return ERROR_NOT_INITIALIZED;                                                          \
-        }                                                                                          \
-        if (depth == 0) {                                                                          \
-            return ERROR_INVALID_CONTEXT;                                                          \
+        CUresult result_ = (expression);                                                           \
+        if (result_ != SUCCESS) {                                                                  \
+            return result_;                                                                        \
         }                                                                                          \
     } while (0)
+#define ENTER() TRY(enter(__func__))
+/* Freeing goes on in a lost context, so that a test can count what was not freed. */
+#define ENTER_TO_FREE()                                                                            \
+    ENTER();                                                                                       \
+    TRY(check_context())
+#define ENTER_WITH_CONTEXT()                                                                       \
+    ENTER_TO_FREE();                                                                               \
+    TRY(lost())
 
 static bool is_forbidden(void) {
     if (capturing_stream == NULL || capture_mode == MODE_RELAXED) {
@@ -137,12 +147,7 @@ static bool is_forbidden(void) {
     return true;
 }
 
-#define NOT_IN_CAPTURE()                                                                           \
-    do {                                                                                           \
-        if (is_forbidden()) {                                                                      \
-            return ERROR_CAPTURE_UNSUPPORTED;                                                      \
-        }                                                                                          \
-    } while (0)
+#define NOT_IN_CAPTURE() TRY(is_forbidden() ? ERROR_CAPTURE_UNSUPPORTED : SUCCESS)
 
 /* ---------------------------------------------------------------- work */
 
@@ -169,6 +174,12 @@ static void clear(work_list *list) {
 }
 
 static void perform(const work *item) {
+    if (item->result != SUCCESS) {
+        state.lost[item->device] = item->result;
+    }
+    if (state.lost[item->device] != SUCCESS) {
+        return;
+    }
     switch (item->kind) {
     case WORK_COPY:
         memcpy(item->dst, item->src, item->bytes);
@@ -194,6 +205,13 @@ static void run_queue(void) {
     queue = (work_list){0};
 }
 
+/* What the driver does when it waits. */
+static void drain(void) {
+    pthread_mutex_lock(&mutex);
+    run_queue();
+    pthread_mutex_unlock(&mutex);
+}
+
 static CUresult submit(CUstream stream, work item) {
     CUresult result = SUCCESS;
     pthread_mutex_lock(&mutex);
@@ -204,6 +222,9 @@ static CUresult submit(CUstream stream, work item) {
             append(&stream->captured, item);
         }
     } else {
+        item.device = stack[depth - 1]->device;
+        item.result = state.fail_work;
+        state.fail_work = SUCCESS;
         append(&queue, item);
         if (!state.is_lazy) {
             run_queue();
@@ -444,14 +465,12 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *data, size_t bytes) {
 }
 
 EXPORT CUresult cuMemFree_v2(CUdeviceptr data) {
-    ENTER_WITH_CONTEXT();
+    ENTER_TO_FREE();
     NOT_IN_CAPTURE();
-    pthread_mutex_lock(&mutex);
-    run_queue(); /* the driver waits, too */
-    pthread_mutex_unlock(&mutex);
+    drain();
     free(host(data));
     state.live_allocs--;
-    return SUCCESS;
+    return lost();
 }
 
 EXPORT CUresult cuMemHostAlloc(void **data, size_t bytes, unsigned flags) {
@@ -464,11 +483,11 @@ EXPORT CUresult cuMemHostAlloc(void **data, size_t bytes, unsigned flags) {
 }
 
 EXPORT CUresult cuMemFreeHost(void *data) {
-    ENTER_WITH_CONTEXT();
+    ENTER_TO_FREE();
     NOT_IN_CAPTURE();
     free(data);
     state.live_host_allocs--;
-    return SUCCESS;
+    return lost();
 }
 
 static CUresult copy(void *dst, const void *src, size_t bytes, CUstream stream) {
@@ -531,10 +550,8 @@ EXPORT CUresult cuStreamSynchronize(CUstream stream) {
     }
     NOT_IN_CAPTURE();
     state.num_syncs++;
-    pthread_mutex_lock(&mutex);
-    run_queue();
-    pthread_mutex_unlock(&mutex);
-    return SUCCESS;
+    drain();
+    return lost();
 }
 
 EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
@@ -605,9 +622,7 @@ EXPORT CUresult cuEventCreate(CUevent *event, unsigned flags) {
 
 EXPORT CUresult cuEventDestroy_v2(CUevent event) {
     ENTER();
-    pthread_mutex_lock(&mutex);
-    run_queue(); /* a record of it may be queued */
-    pthread_mutex_unlock(&mutex);
+    drain(); /* a record of it may be queued */
     free(event);
     state.live_events--;
     return SUCCESS;
@@ -625,7 +640,7 @@ EXPORT CUresult cuEventRecord(CUevent event, CUstream stream) {
 }
 
 EXPORT CUresult cuEventQuery(CUevent event) {
-    ENTER();
+    ENTER_WITH_CONTEXT();
     return event->done >= event->recorded ? SUCCESS : 600;
 }
 
@@ -634,11 +649,9 @@ EXPORT CUresult cuEventSynchronize(CUevent event) {
     NOT_IN_CAPTURE();
     if (event->done < event->recorded) {
         state.num_event_syncs++;
-        pthread_mutex_lock(&mutex);
-        run_queue();
-        pthread_mutex_unlock(&mutex);
+        drain();
     }
-    return SUCCESS;
+    return lost();
 }
 
 EXPORT CUresult cuEventElapsedTime(float *milliseconds, CUevent start, CUevent end) {
@@ -665,10 +678,7 @@ EXPORT CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream) {
     ENTER_WITH_CONTEXT();
     state.num_graph_launches++;
     for (const work *item = exec->nodes.first; item != NULL; item = item->next) {
-        CUresult result = submit(stream, *item);
-        if (result != SUCCESS) {
-            return result;
-        }
+        TRY(submit(stream, *item));
     }
     return SUCCESS;
 }

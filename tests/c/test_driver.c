@@ -95,8 +95,18 @@ static void test_devices(void) {
 
 static void test_errors(void) {
     CHECK_OK(raddle_cuda_check(0, "nothing"));
-    CHECK_FAILS(raddle_cuda_check(700, "running a kernel"), RADDLE_ERR_CUDA,
-                "running a kernel: the CUDA driver answered CUDA_ERROR_ILLEGAL_ADDRESS (700");
+    CHECK_FAILS(
+        raddle_cuda_check(1, "running a kernel"), RADDLE_ERR_CUDA,
+        "running a kernel: the CUDA driver answered CUDA_ERROR_INVALID_VALUE (1: a sentence");
+    CHECK_FAILS(
+        raddle_cuda_check(700, "copying"), RADDLE_ERR_CUDA_ASYNC,
+        "copying: the CUDA driver answered CUDA_ERROR_ILLEGAL_ADDRESS (700: a sentence about "
+        "it), an asynchronous error: a kernel or copy that this process had queued before");
+    CHECK_FAILS(raddle_cuda_check(719, "copying"), RADDLE_ERR_CUDA_ASYNC, "restart the process");
+    static const int of_the_call[] = {2, 101, 201, 400, 701, 703, 709, 711, 713, 720, 722, 999};
+    for (size_t i = 0; i < sizeof of_the_call / sizeof *of_the_call; i++) {
+        CHECK_INT(raddle_cuda_check(of_the_call[i], "asking"), RADDLE_ERR_CUDA);
+    }
     CHECK_FAILS(raddle_cuda_check(900, "loading"), RADDLE_ERR_STATE, "captured");
     CHECK_FAILS(raddle_cuda_check(908, "loading"), RADDLE_ERR_STATE, "captured");
     CHECK_FAILS(raddle_cuda_check(909, "loading"), RADDLE_ERR_CUDA, "909");

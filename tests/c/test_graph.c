@@ -68,8 +68,7 @@ static raddle_status toy_update(raddle_plan *plan, int number, raddle_stream str
     RADDLE_TRY(raddle_plan_enter(plan, RADDLE_PLAN_READY));
     raddle_status status = send_number(plan, number, stream);
     plan->failed_capacity += status == RADDLE_ERR_CAPACITY;
-    raddle_plan_leave(plan);
-    return status;
+    return raddle_plan_leave(plan, status);
 }
 
 static raddle_status toy_run(raddle_plan *plan, void *out, raddle_stream stream) {
@@ -83,8 +82,7 @@ static raddle_status toy_run(raddle_plan *plan, void *out, raddle_stream stream)
         status = plan->backend->copy(plan->device.index, out, toy->staging.data, sizeof(int),
                                      RADDLE_COPY_ON_DEVICE, stream);
     }
-    raddle_plan_leave(plan);
-    return status;
+    return raddle_plan_leave(plan, status);
 }
 
 static int live_objects(void) {
@@ -259,7 +257,7 @@ static void test_stale(void) {
     raddle_plan_destroy(plan);
 }
 
-static void test_dead_and_busy_plan(void) {
+static void test_busy_plan(void) {
     raddle_plan *plan = make_toy(gpu);
     raddle_graph *graph = NULL;
     int out = 0;
@@ -269,12 +267,108 @@ static void test_dead_and_busy_plan(void) {
     CHECK_OK(raddle_graph_end(graph));
     CHECK_OK(raddle_plan_enter(plan, RADDLE_PLAN_READY));
     CHECK_FAILS(raddle_graph_launch(graph, NULL), RADDLE_ERR_STATE, "another thread");
-    raddle_plan_leave(plan);
+    CHECK_OK(raddle_plan_leave(plan, RADDLE_OK));
     CHECK_OK(raddle_graph_launch(graph, NULL));
-    raddle_plan_kill(plan);
-    CHECK_FAILS(raddle_graph_launch(graph, NULL), RADDLE_ERR_STATE, "asynchronously");
     raddle_graph_destroy(graph);
     raddle_plan_destroy(plan);
+}
+
+/* What the driver answers for a call itself is over with the call. */
+static void test_errors_of_the_call(void) {
+    static const char *const functions[] = {"cuEventSynchronize", "cuMemcpyHtoDAsync_v2",
+                                            "cuEventRecord"};
+    raddle_plan *plan = make_toy(gpu);
+    int out = 0;
+    CHECK_OK(toy_update(plan, 1, NULL));
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        stub_fail(functions[i], 0, 701);
+        CHECK_FAILS(toy_update(plan, 2, NULL), RADDLE_ERR_CUDA, "answered");
+        CHECK_OK(toy_update(plan, 3, NULL));
+    }
+    stub_fail("cuMemcpyDtoDAsync_v2", 0, 1);
+    CHECK_FAILS(toy_run(plan, &out, NULL), RADDLE_ERR_CUDA, "INVALID_VALUE");
+    CHECK_OK(toy_run(plan, &out, NULL));
+    CHECK_INT(out, 3);
+    raddle_plan_destroy(plan);
+}
+
+/* Whichever call brings an asynchronous error: it kills the plan of that call and no other. */
+static void test_late_error_in_every_call(void) {
+    static const char *const functions[] = {"cuEventSynchronize", "cuMemcpyHtoDAsync_v2",
+                                            "cuEventRecord", "cuStreamIsCapturing"};
+    raddle_plan *bystander = make_toy(gpu);
+    int out = 0;
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++) {
+        raddle_plan *plan = make_toy(gpu);
+        CHECK_OK(toy_update(plan, 1, NULL));
+        stub_fail(functions[i], 0, 719);
+        CHECK_FAILS(toy_update(plan, 2, NULL), RADDLE_ERR_CUDA_ASYNC,
+                    "; this toy plan on cuda:0 (batches planned: 1) is dead");
+        CHECK_INT(plan->state, RADDLE_PLAN_DEAD);
+        CHECK_FAILS(toy_update(plan, 2, NULL), RADDLE_ERR_STATE, "this toy plan is dead");
+        CHECK_FAILS(toy_run(plan, &out, NULL), RADDLE_ERR_STATE, "asynchronous");
+        CHECK_OK(toy_update(bystander, 7, NULL));
+        CHECK_OK(toy_run(bystander, &out, NULL));
+        CHECK_INT(out, 7);
+        raddle_plan_destroy(plan);
+    }
+    stub_fail("cuMemcpyDtoDAsync_v2", 0, 700); /* a launch brings what an earlier one left */
+    CHECK_FAILS(toy_run(bystander, &out, NULL), RADDLE_ERR_CUDA_ASYNC, "ILLEGAL_ADDRESS");
+    CHECK_INT(bystander->state, RADDLE_PLAN_DEAD);
+    raddle_plan_destroy(bystander);
+}
+
+/* Work fails while it runs, behind calls that succeeded: from then on the driver answers everything
+ * on that GPU with it. */
+static void test_lost_context(void) {
+    stub_cuda_state *cuda = stub_cuda();
+    raddle_plan *plan = make_toy(gpu), *other = make_toy(second_gpu), *on_cpu = make_toy(cpu);
+    raddle_plan *late = make_toy(gpu);
+    raddle_graph *graph = NULL, *plain = NULL;
+    raddle_staging staging;
+    int out = 0, number = 0;
+    raddle_status status = RADDLE_OK;
+    CHECK_OK(toy_update(plan, 1, NULL));
+    CHECK_OK(toy_update(late, 1, NULL));
+    CHECK_OK(raddle_graph_begin(gpu, NULL, &graph));
+    CHECK_OK(toy_run(plan, &out, raddle_graph_stream(graph)));
+    CHECK_OK(raddle_graph_end(graph));
+    CHECK_OK(raddle_graph_begin(gpu, NULL, &plain));
+    CHECK_OK(raddle_graph_end(plain));
+
+    cuda->is_lazy = true;
+    cuda->fail_work = 700;
+    CHECK_OK(raddle_graph_launch(graph, NULL)); /* what it queues fails later */
+    while (status == RADDLE_OK && number <= RADDLE_STAGING_SLOTS) {
+        status = toy_update(plan, ++number, NULL);
+    }
+    CHECK_FAILS(status, RADDLE_ERR_CUDA_ASYNC, "waiting for a copy to the GPU: the CUDA driver");
+    CHECK_INT(number, RADDLE_STAGING_SLOTS + 1); /* the first one that waits */
+    CHECK_INT(plan->state, RADDLE_PLAN_DEAD);
+    CHECK_FAILS(raddle_graph_launch(graph, NULL), RADDLE_ERR_STATE, "this toy plan is dead");
+    CHECK_FAILS(raddle_graph_launch(plain, NULL), RADDLE_ERR_CUDA_ASYNC, "launching a graph");
+    CHECK_INT(raddle_graph_get_state(plain), RADDLE_GRAPH_FAILED);
+    CHECK_FAILS(toy_run(late, &out, NULL), RADDLE_ERR_CUDA_ASYNC, "restart the process");
+    CHECK_FAILS(raddle_staging_init(&staging, gpu, 8), RADDLE_ERR_CUDA_ASYNC, "allocating");
+    CHECK_FAILS(raddle_backend_cuda.synchronize(0, NULL), RADDLE_ERR_CUDA_ASYNC, "a stream");
+
+    for (int i = 0; i < 2; i++) { /* another GPU and the CPU go on */
+        raddle_plan *usable = i == 0 ? other : on_cpu;
+        CHECK_OK(toy_update(usable, 5 + i, NULL));
+        CHECK_OK(toy_run(usable, &out, NULL));
+        CHECK_OK(usable->backend->synchronize(usable->device.index, NULL));
+        CHECK_INT(out, 5 + i);
+        raddle_plan_destroy(usable);
+    }
+    raddle_graph_destroy(graph);
+    raddle_graph_destroy(plain);
+    raddle_plan_destroy(plan);
+    raddle_plan_destroy(late);
+    CHECK_INT(live_objects(), 0);
+    CHECK_INT(cuda->live_allocs + cuda->live_host_allocs + cuda->live_events, 0);
+    CHECK_INT(cuda->context_depth, 0);
+    cuda->is_lazy = false;
+    cuda->lost[0] = 0;
 }
 
 /* Each driver call on the way fails once: a plain error, nothing left, the next capture works. */
@@ -317,8 +411,14 @@ static void test_failures(void) {
     CHECK_OK(raddle_graph_begin(gpu, NULL, &graph));
     CHECK_OK(toy_run(plan, &out, raddle_graph_stream(graph)));
     CHECK_OK(raddle_graph_end(graph));
-    stub_fail("cuGraphLaunch", 0, 700);
+    stub_fail("cuGraphLaunch", 0, 701); /* of this launch alone */
     CHECK_FAILS(raddle_graph_launch(graph, NULL), RADDLE_ERR_CUDA, "launching a graph");
+    CHECK_OK(raddle_graph_launch(graph, NULL));
+    CHECK_INT(out, 3);
+    stub_fail("cuGraphLaunch", 0, 700);
+    CHECK_FAILS(raddle_graph_launch(graph, NULL), RADDLE_ERR_CUDA_ASYNC, "launching a graph");
+    CHECK_INT(raddle_graph_get_state(graph), RADDLE_GRAPH_FAILED);
+    CHECK_FAILS(raddle_graph_launch(graph, NULL), RADDLE_ERR_STATE, "this graph is dead");
     raddle_graph_destroy(graph);
     raddle_plan_destroy(plan);
     CHECK_INT(live_objects(), 0);
@@ -432,7 +532,10 @@ int main(void) {
     test_refusals_leave_the_capture_whole();
     test_foreign_capture();
     test_stale();
-    test_dead_and_busy_plan();
+    test_busy_plan();
+    test_errors_of_the_call();
+    test_late_error_in_every_call();
+    test_lost_context();
     test_failures();
     test_other_thread();
     CHECK_INT(stub_cuda()->live_allocs + stub_cuda()->live_host_allocs, 0);

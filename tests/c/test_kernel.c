@@ -361,7 +361,7 @@ static void test_launch(void) {
     device->driver->stream_destroy(stream);
 
     stub_fail("cuLaunchKernelEx", 0, 700);
-    CHECK_FAILS(raddle_kernel_launch(device, kernel, &launch, params, NULL), RADDLE_ERR_CUDA,
+    CHECK_FAILS(raddle_kernel_launch(device, kernel, &launch, params, NULL), RADDLE_ERR_CUDA_ASYNC,
                 "CUDA_ERROR_ILLEGAL_ADDRESS");
     raddle_cuda_pop(device, pushed);
 }
