@@ -116,3 +116,110 @@ work.run()
 graph.launch()
 """
     run_stub(stubs, tmp_path, script)
+
+
+# -- RADDLE_CHECK -------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_page_ids_that_only_the_gpu_saw():
+    """RADDLE_CHECK=1: skipped pages are reported by the next call; without it they are skipped."""
+    script = """
+import os
+import numpy as np
+import raddle
+from raddle import attention, errors
+spec = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64, page_size=16, max_batch=8, max_pages=64)
+plan = attention.BatchDecode(**spec, dtype="float16", device="cuda")
+q = raddle.zeros((2, 4, 64), "float16", "cuda")
+cache = raddle.zeros((8, 2, 16, 2, 64), "float16", "cuda")
+pages = np.array([3, 1, 2147480000, 2], np.int32)
+table = (np.array([0, 2, 4]), raddle.tensor(pages, device="cuda"), np.array([16, 16]))
+plan.plan(*table)
+out = plan.run(q, cache)
+assert not np.isnan(out.to("cpu").numpy()).any()
+reported = []
+try:
+    plan.run(q, cache)
+except errors.ArgumentError as error:
+    reported.append(str(error))
+assert bool(reported) == (os.environ["RADDLE_CHECK"] == "1"), reported
+assert all("page id 2147480000 at position 2" in words for words in reported), reported
+"""
+    for setting in ("0", "1"):
+        check_script(script, RADDLE_CHECK=setting)
+
+
+@pytest.mark.gpu
+def test_append_indices_that_only_the_gpu_saw():
+    """Rows that lead nowhere are skipped, their neighbours written; RADDLE_CHECK=1: reported."""
+    script = """
+import os
+
+heads, dim, page_size, pages = 2, 64, 4, 6
+new = np.arange(4 * heads * dim, dtype=np.float16).reshape(4, heads, dim) + 1
+table = dict(batch_indices=[0, 1, -1, 1], positions=[5, 2, 99, 7], kv_indices=[4, 0, 2, 5],
+             kv_indptr=[0, 2, 4])
+slots = [4 * 0 + 1, 4 * 2 + 2, -1, 4 * 5 + 3]  # of those
+
+def put(numbers, dtype):
+    return raddle.tensor(np.array(numbers, dtype), device="cuda")
+
+def append(dtype, slot_mapping=None, **indices):
+    cache = raddle.zeros((pages, 2, page_size, heads, dim), "float16", "cuda")
+    k, v = (raddle.tensor(x, device="cuda") for x in (new, -new))
+    if slot_mapping is not None:
+        attention.append_slots(k, v, put(slot_mapping, dtype), cache)
+    else:
+        names = ("batch_indices", "positions", "kv_indices", "kv_indptr")
+        rows, places, ids, indptr = (put(indices[name], dtype) for name in names)
+        attention.append_paged_kv_cache(k, v, rows, places, cache, ids, indptr)
+    return cache
+
+def check_written(cache, skipped):
+    want = np.zeros((pages, 2, page_size, heads, dim), np.float16)
+    for i, slot in enumerate(slots):
+        if i not in skipped and slot >= 0:
+            want[slot // page_size, :, slot % page_size] = new[i], -new[i]
+    assert np.array_equal(cache.to("cpu").numpy(), want), skipped
+
+def changed(name, place, value):
+    numbers = list(table[name])
+    numbers[place] = value
+    return table | {name: numbers}
+
+large = {"int32": 2**31 - 1, "int64": 2**62}
+plan = attention.BatchDecode(num_qo_heads=4, num_kv_heads=2, head_dim=64, page_size=16,
+                             max_batch=8, max_pages=64, dtype="float16", device="cuda")
+q = raddle.zeros((2, 4, 64), "float16", "cuda")
+cache = raddle.zeros((8, 2, 16, 2, 64), "float16", "cuda")
+plan.plan(np.array([0, 2, 4]), np.arange(4), np.array([16, 16]))
+for dtype, huge in large.items():
+    cases = [  # indices, rows that they skip, words of the report
+        (dict(slot_mapping=[1, 24, -1, 23]), {1}, "slot 24 at row 1, out of range for a cache of"),
+        (dict(slot_mapping=[1, 10, -2, 23]), set(), "slot -2 at row 2"),
+        (dict(slot_mapping=[huge, 10, -1, 23]), {0}, f"slot {huge} at row 0"),
+        (changed("batch_indices", 3, 2), {3}, "request 2 at row 3, out of range for 2 requests"),
+        (changed("batch_indices", 0, huge), {0}, f"request {huge} at row 0"),
+        (changed("positions", 1, 8), {1}, "position 8 at row 1, but the pages of its"),
+        (changed("positions", 1, -1), {1}, "position -1 at row 1"),
+        (changed("positions", 0, huge), {0}, f"position {huge} at row 0"),
+        (changed("kv_indptr", 2, 5), {1, 3}, "begins at 2 at row"),
+        (changed("kv_indptr", 0, -1), {0}, "begins at -1 at row 0, and ends at 2"),
+        (changed("kv_indptr", 2, 1), {1, 3}, "and ends at 1"),
+        (changed("kv_indices", 1, 6), {0}, "page id 6 at row 0, out of range for a cache of 6"),
+        (changed("kv_indices", 3, -1), {3}, "page id -1 at row 3"),
+        (changed("kv_indices", 2, huge), {1}, f"page id {huge} at row 1"),
+    ]
+    check_written(append(dtype, **table), set())
+    for n, (indices, skipped, words) in enumerate(cases):
+        check_written(append(dtype, **indices), skipped)
+        run = lambda: plan.run(q, cache)
+        report = [run, lambda: append(dtype, **table), lambda: append(dtype, slots)][n % 3]
+        if os.environ["RADDLE_CHECK"] == "1":
+            assert words in caught(errors.ArgumentError, report), words
+        report()
+        run()
+"""
+    for setting in ("0", "1"):
+        check_script(PRELUDE + script, RADDLE_CHECK=setting)

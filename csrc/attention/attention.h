@@ -10,6 +10,7 @@
 
 #include "base/arena.h"
 #include "base/tensor.h"
+#include "kernels/attention/attention_append_params.h"
 #include "kernels/attention/attention_params.h"
 #include "runtime/plan.h"
 
@@ -180,11 +181,16 @@ raddle_status raddle_attention_batch_read(const raddle_attention_plan *plan,
                                           raddle_attention_reading *out_reading);
 
 /* attention_check.c: RADDLE_CHECK. report fails with RADDLE_ERR_VALUE if an earlier run met a page id
- * outside its cache, once for each time. All do nothing when the setting is off. */
+ * outside its cache, or an earlier append on its GPU an index that led nowhere; once for each time.
+ * All do nothing when the setting is off. */
 raddle_status raddle_attention_check_init(raddle_attention_plan *plan);
 void raddle_attention_check_fini(raddle_attention_plan *plan);
 raddle_status raddle_attention_check_report(const raddle_attention_plan *plan,
                                             raddle_stream stream);
+/* For an append on a GPU: reports what an earlier one met there, and gives the record for what this
+ * one meets; NULL when the setting is off. */
+raddle_status raddle_attention_check_append(int32_t device, raddle_stream stream,
+                                            raddle_attention_append_error **out_record);
 
 /* attention_cuda.c: the configs that warmup and the compile tests build, in order. hopper_only: of
  * instructions that sm_90a alone has. */

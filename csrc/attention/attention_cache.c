@@ -2,8 +2,9 @@
  *
  * Both doors end in one job: row i of k and v goes to a slot, page * page_size + offset, or is
  * skipped. On the CPU all places are checked before the first byte is written. On CUDA the indices
- * are only seen by the kernel, which skips what lies outside the pool. Two rows that name the same
- * slot: which one stays is not defined.
+ * are only seen by the kernel, which skips what lies outside the pool; with RADDLE_CHECK the next
+ * call reports it (attention_check.c). Two rows that name the same slot: which one stays is not
+ * defined.
  */
 #include "attention/attention.h"
 
@@ -12,7 +13,6 @@
 #include "base/tensor.h"
 #include "base/threads.h"
 #include "cuda/kernel.h"
-#include "kernels/attention/attention_append_params.h"
 
 enum {
     APPEND_GRAIN_BYTES = 128 * 1024, /* less than this is not worth a second thread */
@@ -255,6 +255,7 @@ static raddle_status append_cuda(const append_job *job, raddle_stream stream) {
 
     const raddle_cuda_device *device;
     RADDLE_TRY(raddle_cuda_device_get(kv->device.index, &device));
+    RADDLE_TRY(raddle_attention_check_append(kv->device.index, stream, &params.error));
     bool pushed;
     RADDLE_TRY(raddle_cuda_push(device, &pushed));
     const raddle_launch launch = {

@@ -3,7 +3,7 @@
  * RADDLE_CACHE_DIR     folder of compiled kernels; empty: keep them in memory only
  * RADDLE_LOG           1: notices on stderr as they come; 2: also every kernel that is compiled or
  *                      loaded
- * RADDLE_CHECK         1: kernels report page ids that are out of range
+ * RADDLE_CHECK         1: kernels report indices that are out of range
  * RADDLE_DISABLE_CUDA  1: there is no GPU, whatever the machine has
  */
 #ifndef RADDLE_CUDA_ENVIRONMENT_H

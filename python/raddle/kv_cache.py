@@ -26,8 +26,9 @@ def append_paged_kv_cache(
     append_key, append_value: [n, num_kv_heads, head_dim]; row i becomes token positions[i] of
     request batch_indices[i]; a negative batch index skips the row. kv_indptr, kv_indices: the page
     table after the append. dtype names the bits of 16-bit NumPy caches that are no float16. Host
-    tables are checked (ArgumentError) before anything is written; rows whose page a device table
-    puts outside the cache are skipped."""
+    indices are checked (ArgumentError) before anything is written. On the device, rows that lead to
+    no page of the table or the cache are skipped; with RADDLE_CHECK=1 the next append or call on an
+    attention plan of that GPU raises ArgumentError for the first of them, and does nothing else."""
     k, v = split_cache(kv_cache)
     _core.attention_append(
         append_key,
@@ -49,8 +50,9 @@ def append_slots(k, v, slot_mapping, kv_cache, *, kv_layout="NHD", dtype=None, s
     offset.
 
     k, v: [n, num_kv_heads, head_dim]; -1 skips a row; other slots outside the cache raise
-    ArgumentError when slot_mapping is on the host, and are skipped when it is on the device. Two
-    rows must not share a slot."""
+    ArgumentError when slot_mapping is on the host. On the device they are skipped; with
+    RADDLE_CHECK=1 the next append or call on an attention plan of that GPU raises ArgumentError for
+    the first of them, and does nothing else. Two rows must not share a slot."""
     k_cache, v_cache = split_cache(kv_cache)
     _core.attention_append_slots(k, v, k_cache, v_cache, slot_mapping, kv_layout, dtype, stream)
 
