@@ -230,8 +230,8 @@ PyDoc_STRVAR(append_doc, "attention_append(k, v, k_or_kv_cache, v_cache, batch_i
                          "Write rows into a paged cache by request and position.");
 
 static PyObject *append(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {
-        "k", "v", "kv_cache", "kv_cache", "batch_indices", "positions", "indptr", "indices"};
+    static const char *const names[] = {"append_key",    "append_value", "kv_cache",  "kv_cache",
+                                        "batch_indices", "positions",    "kv_indptr", "kv_indices"};
     static const int access[] = {
         RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_WRITE, RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL,
         RADDLE_ARG_READ, RADDLE_ARG_READ, RADDLE_ARG_READ,  RADDLE_ARG_READ};
@@ -294,7 +294,7 @@ PyDoc_STRVAR(seq_lens_doc,
              "Tokens of each request, int32; out, made like indptr when None.");
 
 static PyObject *seq_lens(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"indptr", "last_page_len"};
+    static const char *const names[] = {"kv_indptr", "kv_last_page_len"};
     static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ};
     enum { OUT = 2, NUM };
     (void)module;
