@@ -26,12 +26,14 @@ def folders(tmp_path_factory):
 
 
 def make_engine(folder, tokenizer=None, **options):
+    pytest.importorskip("safetensors", reason="needs safetensors: not installed")
     options = {"dtype": "float32", "max_batch": 8, "kv_memory_bytes": 8 << 20} | options
     return Engine(ModelConfig.from_folder(folder), open_weights(folder), tokenizer, **options)
 
 
 def text_engine(folder, **options):
-    pytest.importorskip("tokenizers", reason="needs tokenizers: not installed")
+    for module in ("safetensors", "tokenizers"):
+        pytest.importorskip(module, reason=f"needs {module}: not installed")
     return Engine.from_folder(folder, **{"max_batch": 8, "kv_memory_bytes": 8 << 20} | options)
 
 

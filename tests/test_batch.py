@@ -1,6 +1,6 @@
 """Batch jobs: OpenAI's format in and out, and what becomes of lines that are wrong.
 
-Needs: tokenizers, jinja2.
+Needs: safetensors, tokenizers, jinja2.
 """
 
 import json
@@ -12,6 +12,7 @@ from raddle.engine import SamplingParams
 from tests.batch_cases import CHAT, GOOD, answer, line, make_engine, model
 from tests.reference import llama
 
+pytest.importorskip("safetensors", reason="needs safetensors: not installed")
 pytest.importorskip("tokenizers", reason="needs tokenizers: not installed")
 pytest.importorskip("jinja2", reason="needs jinja2: not installed")
 

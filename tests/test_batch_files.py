@@ -1,6 +1,6 @@
 """Batch jobs and their files: jobs that were stopped or killed, full disks, the two commands.
 
-Needs: tokenizers, jinja2. RLIMIT_FSIZE stands in for a full disk.
+Needs: safetensors, tokenizers, jinja2. RLIMIT_FSIZE stands in for a full disk.
 """
 
 import collections
@@ -24,6 +24,7 @@ from raddle.errors import ArgumentError, RaddleIOError
 
 from tests.batch_cases import GOOD, answer, line, make_engine, model, read, without_times, write
 
+pytest.importorskip("safetensors", reason="needs safetensors: not installed")
 pytest.importorskip("tokenizers", reason="needs tokenizers: not installed")
 pytest.importorskip("jinja2", reason="needs jinja2: not installed")
 

@@ -1,6 +1,6 @@
 """The engine answers: logits against a float64 model, schedules that must not change an answer.
 
-Needs: numpy alone (weights are made here); tokenizers for the tests with text.
+Needs: numpy, safetensors (weights are made here); tokenizers for the tests with text.
 """
 
 import dataclasses

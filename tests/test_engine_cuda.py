@@ -1,6 +1,6 @@
 """The engine on a GPU: the same answers, decode under CUDA graphs.
 
-Needs: gpu and NVRTC; tokenizers and jinja2 for the batch job.
+Needs: gpu, NVRTC, safetensors; tokenizers and jinja2 for the batch job.
 """
 
 import dataclasses

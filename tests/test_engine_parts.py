@@ -1,6 +1,6 @@
 """The engine's parts by themselves: pages, scheduler, stop texts, detokenisers, weights, ranks.
 
-Needs: numpy; tokenizers for the detokenisers and the chat templates of a folder.
+Needs: numpy; safetensors for the ranks; tokenizers for the detokenisers and a folder's templates.
 """
 
 import json
@@ -374,6 +374,7 @@ class Whole:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_two_ranks_hold_half_and_sum_to_the_whole(tmp_path, kind):
+    pytest.importorskip("safetensors", reason="needs safetensors: not installed")
     config = llama.config_of(kind)
     weights = llama.write_model(tmp_path, config)
     ids = np.random.default_rng(0).integers(3, 320, 20).tolist()

@@ -1,6 +1,6 @@
 """The engine against transformers on the same weights: logits, greedy text, chat prompts.
 
-Needs: torch, transformers, tokenizers. Small random models of every architecture, and
+Needs: torch, transformers, safetensors, tokenizers. Small random models of every architecture, and
 examples/tiny-llama.
 """
 

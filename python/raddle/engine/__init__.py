@@ -1,6 +1,6 @@
 """A torch-free engine: Llama-shaped models over raddle's paged attention.
 
-Needs `pip install 'raddle[engine]'` for models with a tokenizer; NumPy alone runs dummy weights.
+Needs `pip install 'raddle[engine]'` for models in a folder; NumPy alone runs dummy weights.
 """
 
 from .config import ModelConfig
