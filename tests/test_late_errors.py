@@ -119,6 +119,55 @@ graph.launch()
     run_stub(stubs, tmp_path, script)
 
 
+WILD_CACHE = """
+import ctypes
+
+class DLTensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("device", ctypes.c_int32 * 2), ("ndim", ctypes.c_int32),
+                ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+                ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p),
+                ("byte_offset", ctypes.c_uint64), ("context", ctypes.c_void_p),
+                ("deleter", ctypes.c_void_p)]
+
+class Wild:  # a producer whose memory no GPU has mapped
+    shape = (ctypes.c_int64 * 5)(8, 2, 16, 2, 64)
+    managed = DLTensor(1 << 16, (2, 0), 5, 2, 16, 1, ctypes.addressof(shape))
+    def __dlpack_device__(self):
+        return (2, 0)
+    def __dlpack__(self, **options):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+"""
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_reads_wild_memory():
+    """What the driver really answers, and that a process with a lost context ends in peace."""
+    script = """
+work, on_cpu = Work("cuda"), Work("cpu")
+for one in (work, on_cpu):
+    one.plan()
+    one.run()
+with raddle.Graph(device="cuda") as graph:
+    work.run()
+work.plan_object.run(work.q, Wild(), out=work.out)  # queued; nobody knows yet
+assert "asynchronous" in caught(errors.CudaError, lambda: work.out.to("cpu"))
+words = caught(errors.CudaError, work.plan)
+assert "(700" in words and "attention plan on cuda:0 (batches planned: 1) is dead" in words, words
+for call in (work.plan, work.run, graph.launch):
+    assert "this attention plan is dead" in caught(errors.StateError, call)
+assert "asynchronous" in caught(errors.CudaError, lambda: make_plan("cuda"))
+on_cpu.plan()
+on_cpu.run()
+del work, graph, call, one
+gc.collect()
+print("still here")
+"""
+    assert check_script(PRELUDE + WILD_CACHE + script, RADDLE_CHECK="0") == "still here\n"
+
+
 # -- RADDLE_CHECK -------------------------------------------------------------------------------
 
 
