@@ -22,14 +22,15 @@ enum {
     DECODE_REGISTERS_ONE_STAGE = 196,
     DECODE_MAX_ROW_TILES = 2,
 
-    /* Narrow items merge in parallel: 1 x 32768 takes 55 us with 1 or 2 heads per item, 65 with 4,
-     * 102 with 8; one 65536 + 63 x 512 146 us with 2, 174 with 8. Wide ones gain nothing by longer
-     * rows (64 x 4096: 366 to 368 us with any), but 2 heads start half as many segments as 1 when
-     * requests are many. */
+    /* Narrow items merge in parallel: 1 x 2048 takes 9.5 us with 1 head per item, 11.2 with 2; 16 x
+     * 2048 49.5 and 52.8; 1 x 32768 55, 55, 65 and 102 with 1, 2, 4 and 8; one 65536 + 63 x 512 146
+     * us with 1 or 2, 174 with 8. Wide ones gain nothing by longer rows (64 x 4096: 366 us with
+     * any), but 2 heads start half as many segments as 1 when requests are many. */
     DECODE_HEADS_PER_ITEM = 2,
-    DECODE_MIN_ITEMS = 256,
-    /* What one SM would have read in the 1.5 to 2 us that a cut costs: 24 GB/s x 1.75 us. */
-    DECODE_SEGMENT_BYTES = 40 * 1024,
+    DECODE_MIN_ITEMS = 1024,
+    /* What one SM would have read in the time that a cut costs: 64 x 1024 takes 96 us with 80 or
+     * 120 KB, 99 with 40, which cuts where whole items would do. */
+    DECODE_SEGMENT_BYTES = 80 * 1024,
     /* A cut costs a prefill worker about one tile of K/V: first loads, partials of all rows, merge.
      */
     PREFILL_SEGMENT_COST = RADDLE_PREFILL_TILE_KV,

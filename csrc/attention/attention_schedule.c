@@ -350,8 +350,10 @@ static int64_t choose_load(const raddle_attention_spec *spec, const raddle_atten
                            const raddle_attention_request *requests, int32_t batch, totals sum) {
     const int64_t price = config->segment_cost;
     const int64_t grain = spec->fixed_chunk > 0 ? spec->fixed_chunk : config->tile_kv;
-    /* No worker is worth starting for less than the price of starting it. */
-    const int64_t useful = sum.tokens / (price > grain ? price : grain);
+    /* A worker that would idle is worth starting for half of what a cut costs among busy ones (on
+     * an H100, 1 x 2048 takes 9.5 us on 128 workers, 10.3 on 96). */
+    const int64_t least = price / 2 > grain ? price / 2 : grain;
+    const int64_t useful = sum.tokens / least;
     int64_t workers = min64(config->num_workers, useful > sum.items ? useful : sum.items);
     workers = workers < 1 ? 1 : workers;
     /* Below: nothing cut. Above: a cut at every boundary, each leaving less than a price and a

@@ -185,12 +185,13 @@ raddle_status raddle_tensor_check_index_dtype(const raddle_tensor *tensor) {
 }
 
 raddle_status raddle_tensor_check_device(const raddle_tensor *tensor, raddle_device device) {
+    if (raddle_device_equal(tensor->device, device)) {
+        return RADDLE_OK; /* in every run(): no text is made for it */
+    }
     char expected[16], got[16];
     raddle_device_text(device, expected);
-    RADDLE_REQUIRE(raddle_device_equal(tensor->device, device), RADDLE_ERR_DEVICE,
-                   "%s: expected device %s, got %s; move it to %s", tensor->name, expected,
-                   raddle_device_text(tensor->device, got), expected);
-    return RADDLE_OK;
+    return raddle_fail(RADDLE_ERR_DEVICE, "%s: expected device %s, got %s; move it to %s",
+                       tensor->name, expected, raddle_device_text(tensor->device, got), expected);
 }
 
 raddle_status raddle_tensor_check_writable(const raddle_tensor *tensor) {

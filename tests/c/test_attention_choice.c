@@ -44,9 +44,9 @@ static void test_kernels(void) {
         int32_t tile_rows, heads_per_item;
     } cases[] = {
         {{128, 128, 8, 4, 1, 1, 0}, true, 4, 1},    /* one request: narrow items */
-        {{128, 128, 8, 4, 1, 64, 0}, true, 4, 2},   /* many */
+        {{128, 128, 8, 4, 1, 256, 0}, true, 4, 2},  /* many */
         {{128, 128, 7, 4, 1, 4096, 0}, true, 4, 1}, /* odd heads are not paired */
-        {{128, 128, 8, 4, 4, 64, 0}, true, 16, 2},  /* 4 query tokens */
+        {{128, 128, 8, 4, 4, 256, 0}, true, 16, 2}, /* 4 query tokens */
         {{128, 128, 1, 20, 1, 1, 0}, true, 10, 1},  /* two even tiles */
         {{128, 128, 1, 32, 1, 1, 0}, true, 16, 1},    {{128, 128, 1, 33, 1, 1, 0}, false, 64, 1},
         {{256, 256, 2, 16, 1, 1, 0}, true, 8, 1}, /* 16 rows do not fit in registers */
