@@ -53,6 +53,15 @@ static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+static int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+/* Items are cut at multiples of it. */
+static int64_t cut_grain(const raddle_attention_spec *spec, const raddle_attention_config *config) {
+    return spec->fixed_chunk > 0 ? spec->fixed_chunk : config->tile_kv;
+}
+
 raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,
                                              const raddle_attention_config *config,
                                              raddle_attention_limits *out_limits) {
@@ -161,9 +170,10 @@ typedef struct walk {
     const raddle_attention_limits *limits;
     raddle_attention_schedule *out; /* NULL: only ask whether it fits */
     int64_t load;
-    int32_t worker; /* being filled */
-    int64_t used;   /* load it has */
-    int64_t left;   /* cost of what no worker has yet, if nothing more is cut */
+    int64_t max_workers; /* that are worth starting */
+    int32_t worker;      /* being filled */
+    int64_t used;        /* load it has */
+    int64_t left;        /* cost of what no worker has yet, if nothing more is cut */
     int32_t num_segments, num_merges, num_slots;
 } walk;
 
@@ -246,11 +256,11 @@ static void finish_cut_item(walk *w, const item *it, int32_t first_slot) {
  * kv_begin when none does. An empty worker takes one grain at least, or the walk would stand still.
  */
 static int32_t cut_position(const walk *w, int32_t kv_begin, int32_t kv_end) {
-    const int32_t grain = w->spec->fixed_chunk > 0 ? w->spec->fixed_chunk : w->config->tile_kv;
+    const int64_t grain = cut_grain(w->spec, w->config);
     const int64_t tokens = w->load - w->used - w->config->segment_cost;
     int64_t at = tokens < grain ? kv_begin : (kv_begin + tokens) / grain * grain;
     if (at <= kv_begin) {
-        at = w->used > 0 ? kv_begin : ((int64_t)kv_begin / grain + 1) * grain;
+        at = w->used > 0 ? kv_begin : (kv_begin / grain + 1) * grain;
     }
     return (int32_t)min64(at, kv_end);
 }
@@ -263,7 +273,7 @@ static int32_t count_fitting(const walk *w, const item *it) {
 }
 
 /* Gives the item to as many workers as it takes, beginning with the current one. False when more
- * than num_workers would be needed. */
+ * than max_workers would be needed. */
 static bool cut_item(walk *w, const item *it) {
     const int32_t first_slot = w->num_slots;
     int32_t kv_begin = it->kv_begin;
@@ -288,13 +298,13 @@ static bool cut_item(walk *w, const item *it) {
             kv_begin = end;
         }
         close_worker(w);
-        if (w->left > w->load * (w->config->num_workers - w->worker)) {
+        if (w->left > w->load * (w->max_workers - w->worker)) {
             return false;
         }
     }
 }
 
-/* Lays all items out at w->load. False when more than num_workers would be needed. */
+/* Lays all items out at w->load. False when more than max_workers would be needed. */
 static bool fill_workers(walk *w, const raddle_attention_request *requests, int32_t batch) {
     item_cursor cursor = {
         .spec = w->spec, .config = w->config, .requests = requests, .batch = batch};
@@ -315,6 +325,7 @@ static bool fill_workers(walk *w, const raddle_attention_request *requests, int3
 
 typedef struct totals {
     int64_t items, tokens;
+    int64_t max_workers;
 } totals;
 
 static totals sum_items(const raddle_attention_spec *spec, const raddle_attention_config *config,
@@ -327,13 +338,23 @@ static totals sum_items(const raddle_attention_spec *spec, const raddle_attentio
         sum.tokens += (int64_t)it.num_alike * (it.kv_end - it.kv_begin);
         skip_alike(&cursor, it.num_alike - 1);
     }
+    /* A worker that would idle is worth starting for half of what a cut costs among busy ones (on
+     * an H100, 1 x 2048 takes 9.5 us on 128 workers, 10.3 on 96). */
+    const int64_t least = max64(config->segment_cost / 2, cut_grain(spec, config));
+    const int64_t useful = max64(1, max64(sum.items, sum.tokens / least));
+    sum.max_workers = min64(config->num_workers, useful);
     return sum;
 }
 
 static walk start_walk(const raddle_attention_spec *spec, const raddle_attention_config *config,
                        const raddle_attention_limits *limits, totals sum, int64_t load) {
     const int64_t left = sum.tokens + sum.items * config->segment_cost;
-    return (walk){.spec = spec, .config = config, .limits = limits, .load = load, .left = left};
+    return (walk){.spec = spec,
+                  .config = config,
+                  .limits = limits,
+                  .load = load,
+                  .max_workers = sum.max_workers,
+                  .left = left};
 }
 
 static bool loads_fit(const raddle_attention_spec *spec, const raddle_attention_config *config,
@@ -349,13 +370,8 @@ static int64_t choose_load(const raddle_attention_spec *spec, const raddle_atten
                            const raddle_attention_limits *limits,
                            const raddle_attention_request *requests, int32_t batch, totals sum) {
     const int64_t price = config->segment_cost;
-    const int64_t grain = spec->fixed_chunk > 0 ? spec->fixed_chunk : config->tile_kv;
-    /* A worker that would idle is worth starting for half of what a cut costs among busy ones (on
-     * an H100, 1 x 2048 takes 9.5 us on 128 workers, 10.3 on 96). */
-    const int64_t least = price / 2 > grain ? price / 2 : grain;
-    const int64_t useful = sum.tokens / least;
-    int64_t workers = min64(config->num_workers, useful > sum.items ? useful : sum.items);
-    workers = workers < 1 ? 1 : workers;
+    const int64_t grain = cut_grain(spec, config);
+    const int64_t workers = sum.max_workers;
     /* Below: nothing cut. Above: a cut at every boundary, each leaving less than a price and a
      * grain unused. */
     const int64_t low = ceil_div(sum.tokens + price * sum.items, workers);
