@@ -9,6 +9,7 @@
 
 #include "base/alloc.h"
 #include "base/tensor.h"
+#include "cpu/vec.h"
 
 /* Index tensors of one update, opened for the host. */
 enum { QO_INDPTR, KV_LENGTHS, KV_TAILS, PAGES, NUM_INDEX };
@@ -161,27 +162,15 @@ static raddle_status fill_table_lengths(const raddle_attention_plan *plan,
 
 /* ------------------------------------------------------------------ page table */
 
-/* Contiguous int32, the usual case: one pass that compilers vectorise. Returns the largest id, or a
- * negative one if there is any. */
-static int64_t copy_plain_pages(const int32_t *ids, int64_t count, int32_t *out) {
-    int32_t most = -1, signs = 0;
-    for (int64_t i = 0; i < count; i++) {
-        const int32_t id = ids[i];
-        most = id > most ? id : most;
-        signs |= id;
-        out[i] = id;
-    }
-    return signs < 0 ? INT32_MIN : most;
-}
-
 static raddle_status copy_pages(const raddle_tensor *table, int64_t first, int64_t count,
                                 int64_t stride, int32_t *out, raddle_attention_reading *reading) {
-    if (table->dtype == RADDLE_I32 && stride == 1) {
-        const int64_t most = copy_plain_pages((const int32_t *)table->data + first, count, out);
-        if (most >= -1) {
+    if (table->dtype == RADDLE_I32 && stride == 1 && count > 0) {
+        const int32_t *ids = (const int32_t *)table->data + first;
+        const int64_t most = raddle_vec_get()->copy_ids(out, ids, count);
+        if (most <= INT32_MAX) {
             reading->max_page_id = most > reading->max_page_id ? most : reading->max_page_id;
             return RADDLE_OK;
-        }
+        } /* else the loop finds the first bad one */
     }
     for (int64_t i = 0; i < count; i++) {
         const int64_t at = first + i * stride;

@@ -120,38 +120,44 @@ typedef struct item_cursor {
     const raddle_attention_spec *spec;
     const raddle_attention_config *config;
     const raddle_attention_request *requests;
-    int32_t batch;
-    int32_t request, head, row;
+    int32_t batch, num_groups; /* groups of heads, an item's each */
+    int32_t request, group, row;
 } item_cursor;
+
+static item_cursor first_item(const raddle_attention_spec *spec,
+                              const raddle_attention_config *config,
+                              const raddle_attention_request *requests, int32_t batch) {
+    return (item_cursor){.spec = spec,
+                         .config = config,
+                         .requests = requests,
+                         .batch = batch,
+                         .num_groups = head_groups(config)};
+}
 
 static bool next_item(item_cursor *cursor, item *out) {
     const raddle_attention_config *config = cursor->config;
     while (cursor->request < cursor->batch) {
         const raddle_attention_request *request = &cursor->requests[cursor->request];
         const int32_t rows = request->qo_len * config->group_size;
-        if (cursor->row < rows && cursor->head < config->num_kv_heads) {
+        if (cursor->row < rows && cursor->group < cursor->num_groups) {
             const int32_t left = rows - cursor->row;
             out->request = cursor->request;
-            out->head = cursor->head;
+            out->head = cursor->group * config->heads_per_item;
             out->row_begin = cursor->row;
             out->row_end = cursor->row + (left < config->tile_rows ? left : config->tile_rows);
             raddle_attention_visible(request, config->group_size, config->causal != 0,
                                      cursor->spec->window_left, out->row_begin, out->row_end,
                                      &out->kv_begin, &out->kv_end);
-            out->num_alike = 1;
-            if (rows <= config->tile_rows) {
-                out->num_alike =
-                    (int32_t)ceil_div(config->num_kv_heads - out->head, config->heads_per_item);
-            }
+            out->num_alike = rows <= config->tile_rows ? cursor->num_groups - cursor->group : 1;
             cursor->row = out->row_end;
             if (cursor->row == rows) {
                 cursor->row = 0;
-                cursor->head += config->heads_per_item;
+                cursor->group++;
             }
             return true;
         }
         cursor->request++;
-        cursor->head = 0;
+        cursor->group = 0;
         cursor->row = 0;
     }
     return false;
@@ -159,7 +165,7 @@ static bool next_item(item_cursor *cursor, item *out) {
 
 /* Passes over items that are like the one that next_item() gave. */
 static void skip_alike(item_cursor *cursor, int32_t count) {
-    cursor->head += count * cursor->config->heads_per_item;
+    cursor->group += count;
 }
 
 /* ------------------------------------------------------------------ one walk at a given load */
@@ -306,8 +312,7 @@ static bool cut_item(walk *w, const item *it) {
 
 /* Lays all items out at w->load. False when more than max_workers would be needed. */
 static bool fill_workers(walk *w, const raddle_attention_request *requests, int32_t batch) {
-    item_cursor cursor = {
-        .spec = w->spec, .config = w->config, .requests = requests, .batch = batch};
+    item_cursor cursor = first_item(w->spec, w->config, requests, batch);
     item it;
     while (next_item(&cursor, &it)) {
         const int32_t count = count_fitting(w, &it);
@@ -330,7 +335,7 @@ typedef struct totals {
 
 static totals sum_items(const raddle_attention_spec *spec, const raddle_attention_config *config,
                         const raddle_attention_request *requests, int32_t batch) {
-    item_cursor cursor = {.spec = spec, .config = config, .requests = requests, .batch = batch};
+    item_cursor cursor = first_item(spec, config, requests, batch);
     totals sum = {0};
     item it;
     while (next_item(&cursor, &it)) {

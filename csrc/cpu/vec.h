@@ -76,6 +76,9 @@ typedef struct raddle_vec {
     float (*max)(const float *x, int64_t count); /* NaN is passed over; -inf when count is 0 */
     void (*scale)(float *x, int64_t count, float factor); /* x *= factor */
     float (*sum_squares)(const float *x, int64_t count);
+    /* Copies, and returns the largest as an unsigned number: of a negative one, more than
+     * INT32_MAX. 0 when count is 0. */
+    uint32_t (*copy_ids)(int32_t *dst, const int32_t *src, int64_t count);
 } raddle_vec;
 
 /* The table of this process; never NULL. */

@@ -180,6 +180,16 @@ static void scale_by(float *x, int64_t count, float factor) {
     }
 }
 
+static uint32_t copy_ids(int32_t *dst, const int32_t *src, int64_t count) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < count; i++) { /* compilers make vectors of it */
+        const uint32_t id = (uint32_t)src[i];
+        most = id > most ? id : most;
+        dst[i] = src[i];
+    }
+    return most;
+}
+
 static float sum_squares(const float *x, int64_t count) {
     float sums[LANES] = {0};
     int64_t i = 0;
@@ -216,4 +226,5 @@ const raddle_vec raddle_vec_generic = {
     .max = max_of,
     .scale = scale_by,
     .sum_squares = sum_squares,
+    .copy_ids = copy_ids,
 };

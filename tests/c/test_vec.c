@@ -413,6 +413,24 @@ static void test_exp2(const raddle_vec_block *block) {
     CHECK(element(block->operand, to, 0) == 0.0 && element(block->operand, to, 19) == 0.0);
 }
 
+static void test_copy_ids(const raddle_vec *vec) {
+    int32_t from[80], to[81];
+    CHECK(vec->copy_ids(NULL, NULL, 0) == 0);
+    for (int count = 1; count < 80; count++) {
+        for (int at = 0; at < count; at++) { /* where the largest, or the bad one, is */
+            for (int i = 0; i < count; i++) {
+                from[i] = i * 7 % 5;
+            }
+            to[count] = 77;
+            from[at] = 1 << 30;
+            CHECK(vec->copy_ids(to, from, count) == 1u << 30);
+            CHECK(memcmp(to, from, (size_t)count * sizeof(*to)) == 0 && to[count] == 77);
+            from[at] = -1;
+            CHECK(vec->copy_ids(to, from, count) > INT32_MAX);
+        }
+    }
+}
+
 static void test_reductions(const raddle_vec *vec) {
     CHECK(vec->max(NULL, 0) == -INFINITY);
     CHECK(vec->exp2_sum(NULL, 0, 0.0f) == 0.0f && vec->sum_squares(NULL, 0) == 0.0f);
@@ -469,6 +487,7 @@ static void test_table(const raddle_vec *vec) {
     test_store(vec);
     test_lengths(vec);
     test_reductions(vec);
+    test_copy_ids(vec);
     for (int t = 0; t < 3; t++) {
         CHECK_INT(vec->blocks[dtypes[t]]->operand, RADDLE_F32);
         test_block(vec->blocks[dtypes[t]], dtypes[t]);
