@@ -5,7 +5,7 @@
  * plus the price of a segment. With load as the share of one worker, fill_workers() walks the items
  * once, gives each worker whole items while they fit, and cuts the one that does not, at a multiple
  * of the K/V tile, when the piece is worth its price. The smallest feasible load lies in a narrow
- * bracket that follows from the totals; a few probes of it decide. Uneven boundaries that exist
+ * bracket that follows from the totals; a few tries decide. Uneven boundaries that exist
  * already (128 items on 132 workers) thus win over cuts when they are cheaper.
  *
  * Balance and pricing after notes on measured decode: a cut costs 1.5 to 2 us on an H100, the time
@@ -17,7 +17,10 @@
 
 #include <assert.h>
 
-enum { LOAD_PROBES = 2 };
+enum {
+    LOAD_PROBES = 2,
+    CLOSE_LOADS = 64, /* loads that differ by less than one part of so many are as good */
+};
 
 void raddle_attention_visible(const raddle_attention_request *request, int32_t group_size,
                               bool causal, int32_t window_left, int32_t row_begin, int32_t row_end,
@@ -174,7 +177,7 @@ typedef struct walk {
     const raddle_attention_spec *spec;
     const raddle_attention_config *config;
     const raddle_attention_limits *limits;
-    raddle_attention_schedule *out; /* NULL: only ask whether it fits */
+    raddle_attention_schedule *out;
     int64_t load;
     int64_t max_workers; /* that are worth starting */
     int32_t worker;      /* being filled */
@@ -186,25 +189,21 @@ typedef struct walk {
 static void close_worker(walk *w) {
     w->worker++;
     w->used = 0;
-    if (w->out != NULL) {
-        w->out->worker_indptr[w->worker] = w->num_segments;
-    }
+    w->out->worker_indptr[w->worker] = w->num_segments;
 }
 
 static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_end, bool is_cut) {
-    if (w->out != NULL) {
-        assert(w->num_segments < w->limits->max_segments);
-        w->out->segments[w->num_segments] = (raddle_attention_segment){
-            .request = it->request,
-            .head = it->head,
-            .row_begin = it->row_begin,
-            .row_end = it->row_end,
-            .kv_begin = kv_begin,
-            .kv_end = kv_end,
-            .slot = is_cut ? w->num_slots : -1,
-            .merge = is_cut ? w->num_merges : -1,
-        };
-    }
+    assert(w->num_segments < w->limits->max_segments);
+    w->out->segments[w->num_segments] = (raddle_attention_segment){
+        .request = it->request,
+        .head = it->head,
+        .row_begin = it->row_begin,
+        .row_end = it->row_end,
+        .kv_begin = kv_begin,
+        .kv_end = kv_end,
+        .slot = is_cut ? w->num_slots : -1,
+        .merge = is_cut ? w->num_merges : -1,
+    };
     w->num_segments++;
     w->num_slots += is_cut;
 }
@@ -214,10 +213,6 @@ static void emit_whole_items(walk *w, const item *it, int32_t count) {
     const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->config->segment_cost;
     w->used += count * cost;
     w->left -= count * cost;
-    if (w->out == NULL) {
-        w->num_segments += count;
-        return;
-    }
     item one = *it;
     for (int32_t i = 0; i < count; i++) {
         emit_segment(w, &one, it->kv_begin, it->kv_end, false);
@@ -243,18 +238,16 @@ static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end
 }
 
 static void finish_cut_item(walk *w, const item *it, int32_t first_slot) {
-    if (w->out != NULL) {
-        assert(w->num_merges < w->limits->max_merges && w->num_slots <= w->limits->max_slots);
-        w->out->merges[w->num_merges] = (raddle_attention_merge){
-            .request = it->request,
-            .head = it->head,
-            .row_begin = it->row_begin,
-            .row_end = it->row_end,
-            .slot_begin = first_slot,
-            .slot_count = w->num_slots - first_slot,
-            .num_arrivals = w->num_slots - first_slot,
-        };
-    }
+    assert(w->num_merges < w->limits->max_merges && w->num_slots <= w->limits->max_slots);
+    w->out->merges[w->num_merges] = (raddle_attention_merge){
+        .request = it->request,
+        .head = it->head,
+        .row_begin = it->row_begin,
+        .row_end = it->row_end,
+        .slot_begin = first_slot,
+        .slot_count = w->num_slots - first_slot,
+        .num_arrivals = w->num_slots - first_slot,
+    };
     w->num_merges++;
 }
 
@@ -310,22 +303,6 @@ static bool cut_item(walk *w, const item *it) {
     }
 }
 
-/* Lays all items out at w->load. False when more than max_workers would be needed. */
-static bool fill_workers(walk *w, const raddle_attention_request *requests, int32_t batch) {
-    item_cursor cursor = first_item(w->spec, w->config, requests, batch);
-    item it;
-    while (next_item(&cursor, &it)) {
-        const int32_t count = count_fitting(w, &it);
-        if (count > 0) {
-            emit_whole_items(w, &it, count);
-            skip_alike(&cursor, count - 1);
-        } else if (!cut_item(w, &it)) {
-            return false;
-        }
-    }
-    return true;
-}
-
 /* ------------------------------------------------------------------ the load to aim at */
 
 typedef struct totals {
@@ -351,72 +328,66 @@ static totals sum_items(const raddle_attention_spec *spec, const raddle_attentio
     return sum;
 }
 
-static walk start_walk(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                       const raddle_attention_limits *limits, totals sum, int64_t load) {
-    const int64_t left = sum.tokens + sum.items * config->segment_cost;
-    return (walk){.spec = spec,
-                  .config = config,
-                  .limits = limits,
-                  .load = load,
-                  .max_workers = sum.max_workers,
-                  .left = left};
+/* Lays all items out at a load. False when more than max_workers would be needed. */
+static bool fill_workers(walk *w, totals sum, int32_t batch, int64_t load) {
+    *w = (walk){
+        .spec = w->spec,
+        .config = w->config,
+        .limits = w->limits,
+        .out = w->out,
+        .load = load,
+        .max_workers = sum.max_workers,
+        .left = sum.tokens + sum.items * w->config->segment_cost,
+    };
+    item_cursor cursor = first_item(w->spec, w->config, w->out->requests, batch);
+    item it;
+    while (next_item(&cursor, &it)) {
+        const int32_t count = count_fitting(w, &it);
+        if (count > 0) {
+            emit_whole_items(w, &it, count);
+            skip_alike(&cursor, count - 1);
+        } else if (!cut_item(w, &it)) {
+            return false;
+        }
+    }
+    return true;
 }
 
-static bool loads_fit(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                      const raddle_attention_limits *limits,
-                      const raddle_attention_request *requests, int32_t batch, totals sum,
-                      int64_t load) {
-    walk w = start_walk(spec, config, limits, sum, load);
-    return fill_workers(&w, requests, batch);
-}
-
-/* The least of a few loads at which all items fit on the workers. */
-static int64_t choose_load(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                           const raddle_attention_limits *limits,
-                           const raddle_attention_request *requests, int32_t batch, totals sum) {
-    const int64_t price = config->segment_cost;
-    const int64_t grain = cut_grain(spec, config);
+/* Lays all items out at the least of a few loads at which they fit. */
+static void fill_evenly(walk *w, totals sum, int32_t batch) {
+    const int64_t price = w->config->segment_cost;
+    const int64_t grain = cut_grain(w->spec, w->config);
     const int64_t workers = sum.max_workers;
     /* Below: nothing cut. Above: a cut at every boundary, each leaving less than a price and a
      * grain unused. */
     const int64_t low = ceil_div(sum.tokens + price * sum.items, workers);
-    const int64_t high =
+    int64_t fits =
         ceil_div(sum.tokens + price * (sum.items + workers - 1), workers) + price + grain;
-    if (loads_fit(spec, config, limits, requests, batch, sum, low)) {
-        return low;
+    if (fill_workers(w, sum, batch, low)) {
+        return;
     }
-    int64_t fits = high, misses = low;
-    bool is_known = false;
-    for (int probe = 0; probe < LOAD_PROBES && fits - misses > grain; probe++) {
+    int64_t misses = low;
+    bool is_laid_out = false; /* at fits */
+    const int64_t close = max64(grain, low / CLOSE_LOADS);
+    for (int probe = 0; probe < LOAD_PROBES && fits - misses > close; probe++) {
         const int64_t load = misses + (fits - misses) / 2;
-        const bool is_fit = loads_fit(spec, config, limits, requests, batch, sum, load);
-        fits = is_fit ? load : fits;
-        misses = is_fit ? misses : load;
-        is_known = is_known || is_fit;
-    }
-    if (is_known || loads_fit(spec, config, limits, requests, batch, sum, fits)) {
-        return fits;
+        is_laid_out = fill_workers(w, sum, batch, load);
+        *(is_laid_out ? &fits : &misses) = load;
     }
     /* Indivisible pieces (whole chunks, mostly) can break the bracket: widen until it holds. */
-    int64_t load = high;
-    do {
-        load += load / 8 + 1;
-    } while (!loads_fit(spec, config, limits, requests, batch, sum, load));
-    return load;
+    while (!is_laid_out) {
+        is_laid_out = fill_workers(w, sum, batch, fits);
+        fits += fits / 8 + 1;
+    }
 }
 
 raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
                                               const raddle_attention_config *config,
                                               const raddle_attention_limits *limits, int32_t batch,
                                               raddle_attention_schedule *schedule) {
-    const totals sum = sum_items(spec, config, schedule->requests, batch);
-    const int64_t load = choose_load(spec, config, limits, schedule->requests, batch, sum);
-    walk w = start_walk(spec, config, limits, sum, load);
-    w.out = schedule;
+    walk w = {.spec = spec, .config = config, .limits = limits, .out = schedule};
     schedule->worker_indptr[0] = 0;
-    const bool fits = fill_workers(&w, schedule->requests, batch);
-    assert(fits);
-    (void)fits;
+    fill_evenly(&w, sum_items(spec, config, schedule->requests, batch), batch);
     close_worker(&w);
     /* Every worker that a launch may start finds a range, an empty one past the last that has work.
      */
