@@ -6,6 +6,7 @@ there by accident. Bytes and flops are counted by hand in each bench. GPU times 
 graph of several calls divided by their number (`hot`)."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ import sys
 import time
 
 ROTATE_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}
+SETTLE_SECONDS = 0.02  # OpenMP's threads spin for some milliseconds after a call,
+WARM_SECONDS = 0.02  # and take some to find a core each when they are woken
 
 
 def parse_args(description, argv=None):
@@ -31,14 +34,18 @@ def parse_args(description, argv=None):
 def time_cpu(functions, repeat):
     """Median microseconds of each function, calls interleaved.
 
-    functions: one list of rotated closures per side.
+    functions: one list of rotated closures per side. Before each sample the cores are left alone
+    until the other side's threads sleep, and calls that do not count wake this side's.
     """
     times = [[] for _ in functions]
-    for side in functions:
-        side[0]()
-    for i in range(repeat):
-        for side, samples in zip(functions, times):
-            call = side[i % len(side)]
+    turns = [itertools.cycle(side) for side in functions]
+    for _ in range(repeat):
+        for calls, samples in zip(turns, times):
+            time.sleep(SETTLE_SECONDS)
+            warm_until = time.perf_counter() + WARM_SECONDS
+            while time.perf_counter() < warm_until:
+                next(calls)()
+            call = next(calls)
             start = time.perf_counter()
             call()
             samples.append((time.perf_counter() - start) * 1e6)
@@ -85,15 +92,20 @@ def copies_to_rotate(device, num_bytes):
     return max(1, min(64, -(-ROTATE_BYTES[device] // max(num_bytes, 1))))
 
 
-def measure_read(device, num_bytes, repeat):
-    """GB/s of reading num_bytes once, rotated like the benches' data: the ceiling of memory-bound
+def reading(device, num_bytes):
+    """A side that reads num_bytes once, rotated like the benches' data: the ceiling of memory-bound
     rows."""
     import torch
     from raddle import _core
 
     copies = copies_to_rotate(device, num_bytes)
     blocks = [torch.ones(num_bytes // 4, device=device) for _ in range(copies)]
-    (us,) = time_sides(device, [[lambda b=b: _core.memory_read(b) for b in blocks]], repeat)
+    return [lambda b=b: _core.memory_read(b) for b in blocks]
+
+
+def measure_read(device, num_bytes, repeat):
+    """GB/s of that."""
+    (us,) = time_sides(device, [reading(device, num_bytes)], repeat)
     return num_bytes / us / 1e3
 
 

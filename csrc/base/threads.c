@@ -9,6 +9,9 @@
  * caller:  write fields, pending = n, word = (job, n - 1), wake sleepers; run 0, take others; wait
  * worker:  spin on word, then sleep on wakes; take a number, run it, pending--
  *
+ * A thread that is woken tends to be put on the core of who wakes it, to wait there until the job is
+ * over or the scheduler's next round: so workers are kept off the core that the caller is on.
+ *
  * Sleeping loses no wake-up: a worker counts itself in sleepers and looks at the word again before
  * it waits; the caller writes the word before it looks at sleepers (both sequentially consistent).
  */
@@ -48,12 +51,15 @@ typedef struct thread_pool {
     _Atomic uint32_t caller_sleeps;               /* on pending */
     alignas(CACHE_LINE) _Atomic uint32_t wakes;   /* workers sleep on it */
     _Atomic uint32_t sleepers;
-    pthread_mutex_t callers; /* one job at a time; also guards the two below */
+    pthread_mutex_t callers; /* one job at a time; also guards what is below */
+    pthread_t threads[MAX_THREADS];
     int num_started;
-    bool can_start; /* false once a thread could not be made */
+    bool can_start;   /* false once a thread could not be made */
+    int avoided_core; /* where workers may not run, or -1 */
 } thread_pool;
 
-static thread_pool pool = {.callers = PTHREAD_MUTEX_INITIALIZER, .can_start = true};
+static thread_pool pool = {
+    .callers = PTHREAD_MUTEX_INITIALIZER, .can_start = true, .avoided_core = -1};
 
 typedef struct thread_settings {
     int count;
@@ -68,27 +74,40 @@ static _Thread_local bool inside_job;
 
 /* -- settings ------------------------------------------------------------------------------- */
 
-static int count_allowed_cores(void) {
+/* The cores that this thread may use, for the caller to CPU_FREE; NULL when they are not known. */
+static cpu_set_t *allowed_cores(size_t *out_bytes) {
     /* The kernel refuses a set that is smaller than its own. */
     for (size_t max_cores = 1024; max_cores <= 64 * 1024; max_cores *= 2) {
         cpu_set_t *set = CPU_ALLOC(max_cores);
-        if (set == NULL) {
-            break;
+        *out_bytes = CPU_ALLOC_SIZE(max_cores);
+        if (set == NULL || sched_getaffinity(0, *out_bytes, set) == 0) {
+            return set;
         }
-        const size_t bytes = CPU_ALLOC_SIZE(max_cores);
-        const int result = sched_getaffinity(0, bytes, set);
-        const int count = result == 0 ? CPU_COUNT_S(bytes, set) : 0;
         CPU_FREE(set);
-        if (count > 0) {
-            return count;
-        }
+    }
+    return NULL;
+}
+
+static int count_allowed_cores(void) {
+    size_t bytes;
+    cpu_set_t *set = allowed_cores(&bytes);
+    if (set != NULL) {
+        const int count = CPU_COUNT_S(bytes, set);
+        CPU_FREE(set);
+        return count;
     }
     const long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 && online <= MAX_THREADS ? (int)online : 1;
 }
 
 static void forget_pool_in_child(void) {
-    pool = (thread_pool){.callers = PTHREAD_MUTEX_INITIALIZER, .can_start = true};
+    pthread_mutex_init(&pool.callers, NULL);
+    atomic_store(&pool.word, 0);
+    atomic_store(&pool.sleepers, 0);
+    atomic_store(&pool.caller_sleeps, 0);
+    pool.num_started = 0;
+    pool.can_start = true;
+    pool.avoided_core = -1;
     inside_job = false;
 }
 
@@ -233,6 +252,25 @@ static void *worker_main(void *unused) {
     return NULL;
 }
 
+/* Lets the workers run on every core that the caller may use but the one that it is on. */
+static void keep_off_this_core(void) {
+    const int core = sched_getcpu();
+    if (core == pool.avoided_core || core < 0 || settings.oversubscribed) {
+        return;
+    }
+    size_t bytes;
+    cpu_set_t *set = allowed_cores(&bytes);
+    if (set == NULL) {
+        return;
+    }
+    CPU_CLR_S((size_t)core, bytes, set);
+    for (int i = 0; i < pool.num_started && CPU_COUNT_S(bytes, set) > 0; i++) {
+        pthread_setaffinity_np(pool.threads[i], bytes, set);
+    }
+    CPU_FREE(set);
+    pool.avoided_core = core;
+}
+
 /* Detached, so that nothing has to be joined at exit; deaf to signals, which belong to the
  * program's own threads. */
 static void start_threads(int wanted) {
@@ -245,10 +283,10 @@ static void start_threads(int wanted) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (pool.can_start && pool.num_started < wanted) {
-        pthread_t thread;
-        pool.can_start = pthread_create(&thread, &attributes, worker_main, NULL) == 0;
+        pthread_t *thread = &pool.threads[pool.num_started];
+        pool.can_start = pthread_create(thread, &attributes, worker_main, NULL) == 0;
         if (pool.can_start) {
-            pthread_setname_np(thread, "raddle");
+            pthread_setname_np(*thread, "raddle");
             pool.num_started++;
         }
     }
@@ -260,7 +298,9 @@ static void run_on_pool(raddle_task task, void *context, int num_workers, int nu
     pthread_mutex_lock(&pool.callers);
     if (pool.num_started < num_threads - 1) {
         start_threads(num_threads - 1);
+        pool.avoided_core = -1; /* the new ones do not avoid it yet */
     }
+    keep_off_this_core();
     pool.task = task;
     pool.context = context;
     pool.num_workers = num_workers;
