@@ -168,8 +168,9 @@ static void work_task(void *context, int worker, int num_workers) {
             if (at >= end) {
                 break;
             }
-            raddle_attention_cpu_segment(&run->job, &run->job.state->scratch[worker],
-                                         &params->segments[at]);
+            const raddle_attention_segment *segment = &params->segments[at];
+            raddle_attention_cpu_segment(&run->job, &run->job.state->scratch[worker], segment,
+                                         at + 1 < end ? segment + 1 : NULL);
         }
     }
 }

@@ -67,6 +67,7 @@ typedef struct attention_cpu_view {
     const attention_cpu_job *job;
     const attention_cpu_scratch *scratch;
     const raddle_attention_segment *segment;
+    const raddle_attention_segment *following; /* the one that the worker takes next, or NULL */
     const raddle_attention_request *request;
     int32_t num_rows;             /* per K/V head */
     int32_t head_begin, head_end; /* K/V heads of the block */
@@ -79,10 +80,12 @@ typedef struct attention_cpu_tile {
     int32_t count;      /* entries; fewer than end - begin when pages were skipped */
 } attention_cpu_tile;
 
-/* Computes one segment and writes its output or its partial. */
+/* Computes one segment and writes its output or its partial. following: what comes next, to
+ * prefetch; NULL for nothing. */
 void raddle_attention_cpu_segment(const attention_cpu_job *job,
                                   const attention_cpu_scratch *scratch,
-                                  const raddle_attention_segment *segment);
+                                  const raddle_attention_segment *segment,
+                                  const raddle_attention_segment *following);
 /* Adds the tile to the running states (chunk) of all rows of the block. next: the tile that follows,
  * to prefetch; its lists hold tile->count entries at least, or its count is 0. */
 void raddle_attention_cpu_attend(const attention_cpu_view *view, const attention_cpu_tile *tile,

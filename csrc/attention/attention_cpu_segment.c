@@ -13,6 +13,8 @@
 
 #include "base/tensor.h"
 
+enum { LINE_BYTES = 64 };
+
 /* ---------------------------------------------------------------- running states */
 
 void raddle_attention_cpu_clear(const attention_cpu_states *states, int64_t rows,
@@ -143,6 +145,12 @@ static attention_cpu_tile list_tokens(const attention_cpu_view *view,
 
 /* ---------------------------------------------------------------- a block of heads */
 
+static int32_t end_of_heads(const raddle_attention_config *config,
+                            const raddle_attention_segment *segment) {
+    const int32_t end = segment->head + config->heads_per_item;
+    return end < config->num_kv_heads ? end : config->num_kv_heads;
+}
+
 /* Copies the query rows of the block's heads, as the operand's type. */
 static void load_q(const attention_cpu_view *view) {
     const raddle_attention_params *params = view->job->params;
@@ -187,12 +195,59 @@ static attention_cpu_tile next_tile(const attention_cpu_view *view, int which, i
     return tile;
 }
 
+/* Rows [first, tile->count) of the block's heads, into the second cache. */
+static void prefetch_rows(const attention_cpu_view *view, const attention_cpu_tile *tile,
+                          int32_t first) {
+    const raddle_attention_params *params = view->job->params;
+    const raddle_attention_config *config = view->job->config;
+    const int64_t kv_bytes = (int64_t)raddle_dtype_bytes(config->kv_dtype);
+    for (int32_t n = first; n < tile->count; n++) {
+        for (int32_t head = view->head_begin; head < view->head_end; head++) {
+            const char *k = tile->tokens->k_rows[n], *v = tile->tokens->v_rows[n];
+            k += head * params->k_stride_head * kv_bytes;
+            v += head * params->v_stride_head * kv_bytes;
+            for (int64_t i = 0; i < config->head_dim_qk * kv_bytes; i += LINE_BYTES) {
+                __builtin_prefetch(k + i, 0, 2);
+            }
+            for (int64_t i = 0; i < config->head_dim_vo * kv_bytes; i += LINE_BYTES) {
+                __builtin_prefetch(v + i, 0, 2);
+            }
+        }
+    }
+}
+
+/* The first tile of the segment that this worker takes next, to prefetch behind the last tile of
+ * this one: of short requests the first tile is a good part. Empty where nothing is gained. */
+static attention_cpu_tile following_tile(const attention_cpu_view *view, int which, int32_t end,
+                                         int32_t count) {
+    const raddle_attention_segment *following = view->following;
+    const bool is_alike = following && end == view->segment->kv_end &&
+                          following->head == view->segment->head &&
+                          following->row_end - following->row_begin == view->num_rows;
+    if (!is_alike || view->num_rows >= ATTENTION_CPU_MANY_ROWS ||
+        view->head_end < end_of_heads(view->job->config, view->segment)) {
+        return (attention_cpu_tile){&view->scratch->tokens[which], end, end, 0};
+    }
+    attention_cpu_view there = *view;
+    there.segment = following;
+    there.request = &view->job->params->requests[following->request];
+    const attention_cpu_tile tile =
+        next_tile(&there, which, following->kv_begin, following->kv_end, count);
+    prefetch_rows(view, &tile, count); /* the others along with the last tile's own rows */
+    return tile;
+}
+
 static void attend_range(const attention_cpu_view *view, int32_t begin, int32_t end) {
     attention_cpu_tile tile = next_tile(view, 0, begin, end, 0);
-    for (int which = 1; tile.begin < end; which = !which) {
-        const attention_cpu_tile next = next_tile(view, which, tile.end, end, tile.count);
+    for (int which = 1;; which = !which) {
+        const bool is_last = tile.end >= end;
+        const attention_cpu_tile next = is_last ? following_tile(view, which, end, tile.count)
+                                                : next_tile(view, which, tile.end, end, tile.count);
         if (tile.count > 0) {
             raddle_attention_cpu_attend(view, &tile, &next);
+        }
+        if (is_last) {
+            return;
         }
         tile = next;
     }
@@ -239,18 +294,22 @@ static void write_partial(const attention_cpu_view *view, int32_t head,
 
 void raddle_attention_cpu_segment(const attention_cpu_job *job,
                                   const attention_cpu_scratch *scratch,
-                                  const raddle_attention_segment *segment) {
+                                  const raddle_attention_segment *segment,
+                                  const raddle_attention_segment *following) {
     const raddle_attention_config *config = job->config;
     const int32_t num_rows = segment->row_end - segment->row_begin;
     if (num_rows <= 0) {
         return;
     }
-    const int32_t past = segment->head + config->heads_per_item;
-    const int32_t head_end = past < config->num_kv_heads ? past : config->num_kv_heads;
+    const int32_t head_end = end_of_heads(config, segment);
     const int32_t fit = job->state->block_rows / num_rows;
     const int32_t heads = fit > 1 ? fit : 1;
-    attention_cpu_view view = {job,      scratch, segment, &job->params->requests[segment->request],
-                               num_rows, 0,       0};
+    attention_cpu_view view = {.job = job,
+                               .scratch = scratch,
+                               .segment = segment,
+                               .following = following,
+                               .request = &job->params->requests[segment->request],
+                               .num_rows = num_rows};
     for (int32_t head = segment->head; head < head_end; head = view.head_end) {
         view.head_begin = head;
         view.head_end = head_end - head > heads ? head + heads : head_end;
