@@ -4,12 +4,14 @@ load.
 Host time only: on a GPU run() is timed without waiting for the device, one short batch at a time.
 Needs: torch for its rows; a GPU for --device cuda."""
 
+import dataclasses
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 import common
 import numpy as np
@@ -18,19 +20,49 @@ from raddle import _core
 from raddle.attention import BatchDecode
 
 HEADS = dict(num_qo_heads=32, num_kv_heads=8, head_dim=128)
+ROUND_SECONDS = 0.1
 
 
-def per_call_us(call, count, repeat, settle=None):
-    """Median over repeat of the mean of count calls, in microseconds."""
-    samples = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        samples.append((time.perf_counter() - start) / count * 1e6)
-        if settle:
-            settle()
-    return statistics.median(samples)
+@dataclasses.dataclass
+class Row:
+    case: str
+    call: typing.Callable
+    count: int  # calls of a sample
+    inner: int = 1  # repetitions that a call makes itself
+    peer: str | None = None
+    peer_call: typing.Callable | None = None
+
+
+def time_rows(report, args, rows):
+    """Adds a row for each: the median of samples, each the mean of count calls.
+
+    Samples of all rows take turns over some seconds, since hosts change their clocks. On a GPU each
+    begins with an idle device, and nothing waits for it.
+    """
+    settle = settler(args.device)
+    sides = [(row, call) for row in rows for call in (row.call, row.peer_call) if call]
+    samples = {id(call): [] for _, call in sides}
+    for _ in range(2 * args.repeat):
+        time.sleep(ROUND_SECONDS)
+        for row, call in sides:
+            for times in ([], samples[id(call)]):  # the first to warm up
+                start = time.perf_counter()
+                for _ in range(row.count):
+                    call()
+                times.append((time.perf_counter() - start) / row.count / row.inner * 1e6)
+                settle()
+    us = {key: statistics.median(times) for key, times in samples.items()}
+    for row in rows:
+        report.add(row.case, us[id(row.call)], row.peer, us.get(id(row.peer_call)))
+
+
+def settler(device):
+    """A function that waits for the device."""
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    return torch.cuda.synchronize
 
 
 def make_plan(batch, device, pages_each=64):
@@ -45,26 +77,16 @@ def make_plan(batch, device, pages_each=64):
     return plan, table
 
 
-def settler(device):
-    """A function that waits for the device, or None."""
-    if device == "cpu":
-        return None
-    import torch
-
-    return torch.cuda.synchronize
-
-
-def bench_plan(report, args):
+def plan_rows(args):
     """As many calls at a time as a plan has slots to send from: more would wait for the device, as
     no step of a model makes them."""
     for batch in (1, 64, 256, 1024):
         plan, table = make_plan(batch, args.device)
-        settle = settler(args.device)
-        us = per_call_us(lambda p=plan, t=table: p.plan(*t), 3, 10 * args.repeat, settle)
-        report.add(f"plan() from host arrays, B{batch} x 64 pages", us)
+        case = f"plan() from host arrays, B{batch} x 64 pages"
+        yield Row(case, lambda p=plan, t=table: p.plan(*t), 3)
 
 
-def bench_run(report, args):
+def run_rows(args):
     import torch
 
     # On the CPU an empty batch leaves nothing but the call; on a GPU the launch is asynchronous.
@@ -77,23 +99,25 @@ def bench_run(report, args):
     q = torch.zeros(rows, 32, 128, dtype=torch.bfloat16, device=args.device)
     cache = torch.zeros(1, 2, 16, 8, 128, dtype=torch.bfloat16, device=args.device)
     out = torch.empty_like(q)
-    settle = settler(args.device)
-    us = per_call_us(lambda: plan.run(q, cache, out=out), 200, args.repeat, settle)
     one = torch.zeros(1, device=args.device)
-    peer_us = per_call_us(lambda: torch.add(one, 1, out=one), 200, args.repeat, settle)
-    report.add("run() with torch tensors and out", us, "torch.add of one number", peer_us)
-    us = per_call_us(lambda: plan.run(q, cache), 200, args.repeat, settle)
-    report.add("run() with torch tensors, result made", us)
+    yield Row(
+        "run() with torch tensors and out",
+        lambda: plan.run(q, cache, out=out),
+        200,
+        peer="torch.add of one number",
+        peer_call=lambda: torch.add(one, 1, out=one),
+    )
+    yield Row("run() with torch tensors, result made", lambda: plan.run(q, cache), 200)
 
 
-def bench_doors(report, args):
+def door_rows():
     import torch
 
     tensors = {"torch": torch.zeros(4, 8), "numpy": np.zeros((4, 8), np.float32)}
     tensors["raddle"] = raddle.zeros((4, 8))
     for name, tensor in tensors.items():
-        loop_us = per_call_us(lambda t=tensor: _core.tensor_open(t, 10000), 1, args.repeat)
-        report.add(f"open a {name} tensor", loop_us / 10000)
+        call = lambda t=tensor: _core.tensor_open(t, 10000)  # noqa: E731
+        yield Row(f"open a {name} tensor", call, 1, inner=10000)
 
 
 def print_of(code, **environment):
@@ -152,15 +176,15 @@ def bench_compile(report):
 def main():
     args = common.parse_args(__doc__)
     report = common.Report("overhead", args, {})
-    bench_plan(report, args)
-    bench_import(report, args)
+    rows = list(plan_rows(args))
     try:
         import torch  # noqa: F401
     except ImportError:
         print("torch is not installed: run() and the doors are not measured")
     else:
-        bench_run(report, args)
-        bench_doors(report, args)
+        rows += [*run_rows(args), *door_rows()]
+    time_rows(report, args, rows)
+    bench_import(report, args)
     if args.device == "cuda":
         bench_compile(report)
     report.write()
