@@ -20,7 +20,7 @@ from raddle import _core
 from raddle.attention import BatchDecode
 
 HEADS = dict(num_qo_heads=32, num_kv_heads=8, head_dim=128)
-ROUND_SECONDS = 0.1
+WARM_SECONDS = 2  # an idle host has lowered its clock
 
 
 @dataclasses.dataclass
@@ -36,14 +36,18 @@ class Row:
 def time_rows(report, args, rows):
     """Adds a row for each: the median of samples, each the mean of count calls.
 
-    Samples of all rows take turns over some seconds, since hosts change their clocks. On a GPU each
-    begins with an idle device, and nothing waits for it.
+    Samples of all rows take turns, since hosts change their clocks, and the host is kept busy, as
+    by an engine. On a GPU each begins with an idle device, and nothing waits for it.
     """
     settle = settler(args.device)
     sides = [(row, call) for row in rows for call in (row.call, row.peer_call) if call]
     samples = {id(call): [] for _, call in sides}
-    for _ in range(2 * args.repeat):
-        time.sleep(ROUND_SECONDS)
+    warm_until = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < warm_until:
+        for row in rows:
+            row.call()
+        settle()
+    for _ in range(5 * args.repeat):
         for row, call in sides:
             for times in ([], samples[id(call)]):  # the first to warm up
                 start = time.perf_counter()
