@@ -38,6 +38,7 @@ enum {
     PAUSES_PER_TURN = 32,
     BLOCKS_PER_THREAD = 8, /* of a loop: evens out threads that start late or are interrupted */
     MAX_SHARES = 64,
+    MOVE_NS = 1000 * 1000, /* workers are moved once in so long at most: callers may take turns */
     CACHE_LINE = 64
 };
 
@@ -56,6 +57,7 @@ typedef struct thread_pool {
     int num_started;
     bool can_start;   /* false once a thread could not be made */
     int avoided_core; /* where workers may not run, or -1 */
+    int64_t moved_at; /* ns */
 } thread_pool;
 
 static thread_pool pool = {
@@ -258,6 +260,10 @@ static void keep_off_this_core(void) {
     if (core == pool.avoided_core || core < 0 || settings.oversubscribed) {
         return;
     }
+    const int64_t now = now_ns();
+    if (pool.avoided_core >= 0 && now - pool.moved_at < MOVE_NS) {
+        return;
+    }
     size_t bytes;
     cpu_set_t *set = allowed_cores(&bytes);
     if (set == NULL) {
@@ -269,6 +275,7 @@ static void keep_off_this_core(void) {
     }
     CPU_FREE(set);
     pool.avoided_core = core;
+    pool.moved_at = now;
 }
 
 /* Detached, so that nothing has to be joined at exit; deaf to signals, which belong to the

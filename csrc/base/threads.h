@@ -3,6 +3,7 @@
  *
  * Workers spin for a short while after a job (so that kernels of one step follow each other without
  * a wake-up), then sleep; an idle pool costs nothing. Size: RADDLE_THREADS, else the affinity mask.
+ * Workers may use the cores that the caller may use, but not the one that it is on.
  * Jobs of several Python threads are taken one after the other; a job started from inside a worker
  * runs on that worker alone. Worker numbers may be taken one after the other by one thread, so a
  * task must not wait for another number of its job.

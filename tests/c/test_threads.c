@@ -250,6 +250,39 @@ static void test_idle(void) {
     check_tally(&again, 40, 1);
 }
 
+/* Workers may run on all cores but the caller's, if there are others. */
+typedef struct core_count {
+    pthread_t caller;
+    _Atomic int of_workers; /* cores, as a worker that took part saw it */
+} core_count;
+
+static void count_cores(void *context, int worker, int num_workers) {
+    (void)worker, (void)num_workers;
+    core_count *cores = context;
+    cpu_set_t set;
+    if (!pthread_equal(pthread_self(), cores->caller) &&
+        sched_getaffinity(0, sizeof set, &set) == 0) {
+        atomic_store(&cores->of_workers, CPU_COUNT(&set));
+    }
+}
+
+static void test_cores(void) {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) {
+        return; /* more cores than the set has */
+    }
+    const int allowed = CPU_COUNT(&set);
+    const bool are_moved = allowed > 1 && raddle_threads_count() <= allowed;
+    core_count cores = {.caller = pthread_self()};
+    const double limit = seconds() + 20;
+    while (raddle_threads_count() > 1 && atomic_load(&cores.of_workers) == 0 && seconds() < limit) {
+        raddle_threads_run(count_cores, &cores, 64);
+    }
+    CHECK_INT(atomic_load(&cores.of_workers), raddle_threads_count() == 1 ? 0
+                                              : are_moved                 ? allowed - 1
+                                                                          : allowed);
+}
+
 /* Asleep threads do take part: each number waits until another thread has come, if there is one to
  * come. */
 typedef struct meeting {
@@ -294,6 +327,7 @@ static void test_fork(void) {
             raddle_threads_run(count_run, &t, 8);
         }
         check_tally(&t, 8, 100);
+        test_cores();
         test_idle(); /* it has threads of its own */
         fflush(stdout);
         _exit(check_failures != 0);
