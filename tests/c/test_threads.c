@@ -327,7 +327,6 @@ static void test_fork(void) {
             raddle_threads_run(count_run, &t, 8);
         }
         check_tally(&t, 8, 100);
-        test_cores();
         test_idle(); /* it has threads of its own */
         fflush(stdout);
         _exit(check_failures != 0);
@@ -427,6 +426,7 @@ int main(int argc, char **argv) {
     test_huge_loop();
     test_nested();
     test_callers();
+    test_cores();
     test_idle();
     test_parallel();
     test_fork();
