@@ -87,7 +87,8 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
     shape->q_in_shared = false;
     if (2 * tile + out + q <= DECODE_REGISTERS) {
         shape->stages = 2;
-        shape->ctas_per_sm = 2 * tile + out + q <= DECODE_REGISTERS_TWO_CTAS ? 2 : 1;
+        const bool is_small = 2 * tile + out + q <= DECODE_REGISTERS_TWO_CTAS;
+        shape->ctas_per_sm = is_small && shape->row_tiles == 1 ? 2 : 1;
         return true;
     }
     shape->stages = 1;

@@ -146,6 +146,7 @@ static const common_plan common_plans[] = {
     {RADDLE_BF16, 128, 128, 4, 4, 8, 1},
     {RADDLE_BF16, 128, 128, 4, 4, 8, 256},
     {RADDLE_BF16, 64, 64, 16, 1, 8, 1},
+    {RADDLE_BF16, 32, 32, 16, 1, 8, 1},
     {RADDLE_BF16, 80, 80, 16, 1, 8, 1},
     {RADDLE_BF16, 192, 192, 16, 1, 8, 1},
     {RADDLE_F16, 128, 128, 16, 1, 8, 1},
