@@ -3,16 +3,13 @@
 A test module that wants them says `pytest_plugins = ["tests.producers"]`.
 """
 
-import importlib.machinery
-import importlib.util
-import os
-import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.native import build_module
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,25 +17,8 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="session")
 def fake(tmp_path_factory):
     """The module of fake_producer.c, compiled here."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        pytest.skip("needs compiler: cc or gcc on the PATH")
-    target = (
-        tmp_path_factory.mktemp("fake") / f"fake_producer{sysconfig.get_config_var('EXT_SUFFIX')}"
-    )
-    flags = ["-std=c11", "-O1", "-g", "-shared", "-fPIC"]
-    include = ["-I", sysconfig.get_path("include"), "-I", str(HERE.parent / "csrc")]
-    done = subprocess.run(
-        [*compiler.split(), *flags, *include, str(HERE / "fake_producer.c"), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    loader = importlib.machinery.ExtensionFileLoader("fake_producer", str(target))
-    spec = importlib.util.spec_from_file_location("fake_producer", target, loader=loader)
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    include = [sysconfig.get_path("include"), HERE.parent / "csrc"]
+    return build_module(tmp_path_factory.mktemp("fake"), "fake_producer", [], include)
 
 
 @pytest.fixture

@@ -4,9 +4,6 @@ Needs: numpy, a C compiler and Python's headers; g++ for the check that C++ read
 """
 
 import gc
-import importlib.machinery
-import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +23,7 @@ from raddle.errors import (
 )
 
 from tests.attention_cases import Batch, assert_close, from_bits
+from tests.native import build_module
 from tests.reference.attention import merge
 
 pytest_plugins = ["tests.producers"]
@@ -40,25 +38,8 @@ HEADERS = [sysconfig.get_path("include"), raddle.get_include()]
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     """The module of capi_client.c, compiled against the installed header."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        pytest.skip("needs compiler: cc or gcc on the PATH")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = tmp_path_factory.mktemp("client") / f"capi_client{suffix}"
-    folders = [*HEADERS, HERE.parent / "csrc" / "third_party" / "dlpack"]
-    include = [f"-I{folder}" for folder in folders]
-    flags = ["-std=c11", *WARNINGS, "-O1", "-g", "-shared", "-fPIC"]
-    done = subprocess.run(
-        [*compiler.split(), *flags, *include, str(HERE / "capi_client.c"), "-o", str(target)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    loader = importlib.machinery.ExtensionFileLoader("capi_client", str(target))
-    spec = importlib.util.spec_from_file_location("capi_client", target, loader=loader)
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    include = [*HEADERS, HERE.parent / "csrc" / "third_party" / "dlpack"]
+    return build_module(tmp_path_factory.mktemp("client"), "capi_client", WARNINGS, include)
 
 
 def results(rows, heads, dim, dtype):

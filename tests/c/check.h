@@ -13,7 +13,10 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "base/status.h"
 
@@ -54,6 +57,22 @@ static inline void check_fails(raddle_status got, raddle_status expected, const 
     }
 }
 
+/* Runs body in a process of its own: what is opened once per process can so be opened again. */
+static inline void check_in_child(void (*body)(void), const char *what, const char *file,
+                                  int line) {
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        check_failures = 0;
+        body();
+        fflush(stdout);
+        exit(check_failures != 0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    check_that(WIFEXITED(status) && WEXITSTATUS(status) == 0, what, file, line);
+}
+
 static inline int check_report(void) {
     printf("%d checks, %d failed\n", check_count, check_failures);
     return check_failures != 0 || check_count == 0;
@@ -65,5 +84,6 @@ static inline int check_report(void) {
 #define CHECK_OK(call) check_int((call), RADDLE_OK, #call, __FILE__, __LINE__)
 #define CHECK_FAILS(call, status, text)                                                            \
     check_fails((call), (status), (text), #call, __FILE__, __LINE__)
+#define CHECK_IN_CHILD(body) check_in_child((body), #body, __FILE__, __LINE__)
 
 #endif

@@ -19,20 +19,6 @@ const int raddle_num_sources = 1;
 static const raddle_device gpu = {RADDLE_CUDA, 0}, second_gpu = {RADDLE_CUDA, 1},
                            cpu = {RADDLE_CPU, 0};
 
-static void in_child(void (*body)(void)) {
-    fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        check_failures = 0;
-        body();
-        fflush(stdout);
-        exit(check_failures != 0);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-}
-
 static raddle_attention_plan make_plan(raddle_device device) {
     raddle_attention_plan plan = {.base = {.device = device}};
     CHECK_OK(raddle_backend_for(device, &plan.base.backend));
@@ -230,7 +216,7 @@ static void test_runs(raddle_device device) {
 
 int main(void) {
     setenv("RADDLE_CACHE_DIR", "", 1);
-    in_child(test_check_is_off);
+    CHECK_IN_CHILD(test_check_is_off);
     setenv("RADDLE_CHECK", "1", 1);
     test_runs(cpu);
     test_runs(gpu);

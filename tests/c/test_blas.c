@@ -15,19 +15,16 @@
 
 static const raddle_cuda_device *device;
 
+static void (*body_of_child)(void);
+
+static void open_and_test(void) {
+    CHECK_OK(raddle_cuda_device_get(0, &device));
+    body_of_child();
+}
+
 static void in_child(void (*body)(void)) {
-    fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        check_failures = 0;
-        CHECK_OK(raddle_cuda_device_get(0, &device));
-        body();
-        fflush(stdout);
-        exit(check_failures != 0);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    body_of_child = body;
+    CHECK_IN_CHILD(open_and_test);
 }
 
 typedef struct gemm_case {

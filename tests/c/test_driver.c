@@ -12,20 +12,6 @@
 #include "cuda/library.h"
 
 /* The driver is opened once per process: every way it can fail gets a process of its own. */
-static void in_child(void (*body)(void)) {
-    fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        check_failures = 0;
-        body();
-        fflush(stdout);
-        exit(check_failures != 0);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-}
-
 static void test_disabled(void) {
     setenv("RADDLE_DISABLE_CUDA", "1", 1);
     const raddle_cuda_driver *driver = NULL;
@@ -195,14 +181,14 @@ static void test_library_search(void) {
 int main(void) {
     unsetenv("RADDLE_DISABLE_CUDA");
     setenv("CUDA_HOME", "toolkit", 1);
-    in_child(test_disabled);
-    in_child(test_no_device);
-    in_child(test_old_driver);
-    in_child(test_old_gpu);
+    CHECK_IN_CHILD(test_disabled);
+    CHECK_IN_CHILD(test_no_device);
+    CHECK_IN_CHILD(test_old_driver);
+    CHECK_IN_CHILD(test_old_gpu);
     test_devices();
     test_errors();
     test_capture_mode();
-    in_child(test_in_forked_child);
+    CHECK_IN_CHILD(test_in_forked_child);
     test_library_search();
     CHECK_INT(raddle_alloc_live(), 0);
     return check_report();

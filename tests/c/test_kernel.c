@@ -37,20 +37,6 @@ const int raddle_num_sources = 7;
 static const char config[] = "#define RADDLE_X 1\n";
 static const raddle_cuda_device *device;
 
-static void in_child(void (*body)(void)) {
-    fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        check_failures = 0;
-        body();
-        fflush(stdout);
-        exit(check_failures != 0);
-    }
-    int status = 0;
-    waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-}
-
 static void open_device(void) {
     CHECK_OK(raddle_cuda_device_get(0, &device));
 }
@@ -472,21 +458,21 @@ int main(void) {
     setenv("RADDLE_CACHE_DIR", "cache", 1);
     unsetenv("CUDA_HOME");
     unsetenv("CUDA_PATH");
-    in_child(test_first_process);
-    in_child(test_second_process);
-    in_child(test_without_opening_nvrtc);
-    in_child(test_other_version);
-    in_child(test_damaged_cache);
-    in_child(test_cache_off);
-    in_child(test_no_disk);
-    in_child(test_newer_gpu);
-    in_child(test_newer_nvrtc);
-    in_child(test_refused_image);
-    in_child(test_on_device);
-    in_child(write_bundle);
-    in_child(test_bundle);
-    in_child(test_imported_bundle);
-    in_child(test_bad_bundles);
+    CHECK_IN_CHILD(test_first_process);
+    CHECK_IN_CHILD(test_second_process);
+    CHECK_IN_CHILD(test_without_opening_nvrtc);
+    CHECK_IN_CHILD(test_other_version);
+    CHECK_IN_CHILD(test_damaged_cache);
+    CHECK_IN_CHILD(test_cache_off);
+    CHECK_IN_CHILD(test_no_disk);
+    CHECK_IN_CHILD(test_newer_gpu);
+    CHECK_IN_CHILD(test_newer_nvrtc);
+    CHECK_IN_CHILD(test_refused_image);
+    CHECK_IN_CHILD(test_on_device);
+    CHECK_IN_CHILD(write_bundle);
+    CHECK_IN_CHILD(test_bundle);
+    CHECK_IN_CHILD(test_imported_bundle);
+    CHECK_IN_CHILD(test_bad_bundles);
     CHECK(system("rm -r cache") == 0);
     test_compile();
     test_compile_errors();
