@@ -12,11 +12,8 @@
 #include "base/tensor.h"
 #include "kernels/attention/attention_append_params.h"
 #include "kernels/attention/attention_params.h"
+#include "kernels/attention/attention_variant.h"
 #include "runtime/plan.h"
-
-/* How a kernel multiplies stored K and V back. More kinds (per head, per token and head) add values
- * here. */
-typedef enum raddle_kv_scale { RADDLE_KV_SCALE_NONE = 0 } raddle_kv_scale;
 
 /* One descriptor for every K/V store. Paged: page_size >= 1 and num_pages pages. Ragged: page_size
  * 0, num_tokens rows, stride_page 0. Innermost stride is 1. */
@@ -30,9 +27,54 @@ struct raddle_kv_cache {
     int32_t num_kv_heads;
     int32_t head_dim_qk, head_dim_vo;
     raddle_dtype k_dtype, v_dtype;
-    raddle_kv_scale k_scale, v_scale;
     raddle_device device;
     bool read_only;
+};
+
+/* ---------------------------------------------------------------- variants */
+
+enum {
+    RADDLE_VARIANT_MAX_TENSORS = 8,
+    RADDLE_VARIANT_MAX_SCALARS = 16,
+    RADDLE_VARIANT_MAX_DIMS = 4,
+};
+
+enum { RADDLE_ATTENTION_MAX_HEAD_DIM = 256 };
+
+/* Which hooks a variant has. */
+typedef enum raddle_attention_hook {
+    RADDLE_HOOK_QUERY = 1 << 0,
+    RADDLE_HOOK_KEY = 1 << 1,
+    RADDLE_HOOK_LOGIT = 1 << 2,
+    RADDLE_HOOK_MASK = 1 << 3,
+    RADDLE_HOOK_STATE = 1 << 4,
+    RADDLE_HOOK_OUTPUT = 1 << 5,
+    RADDLE_NUM_HOOKS = 6
+} raddle_attention_hook;
+
+/* How the generated struct raddle_variant begins: one of these per tensor, then the scalars, four
+ * bytes each. */
+typedef struct raddle_variant_tensor {
+    void *data;
+    int64_t stride[RADDLE_VARIANT_MAX_DIMS];
+    int64_t shape[RADDLE_VARIANT_MAX_DIMS]; /* 1, and stride 0, past its dimensions */
+} raddle_variant_tensor;
+
+typedef struct raddle_variant_block {
+    char bytes[RADDLE_VARIANT_MAX_TENSORS * sizeof(raddle_variant_tensor) +
+               RADDLE_VARIANT_MAX_SCALARS * 4];
+} raddle_variant_block;
+
+/* Counted: plans share it. Never changes once made. */
+struct raddle_attention_variant {
+    int32_t references;
+    uint32_t hooks;
+    bool no_softmax;
+    int32_t num_tensors, num_scalars;
+    raddle_attention_variant_argument tensors[RADDLE_VARIANT_MAX_TENSORS]; /* names owned */
+    raddle_attention_variant_argument scalars[RADDLE_VARIANT_MAX_SCALARS];
+    char *name;
+    char *text; /* #define RADDLE_HOOK_..., struct raddle_variant, #line, the source */
 };
 
 /* Everything that a kernel is compiled for and the planner cuts by. No padding, hashable. */
@@ -43,6 +85,9 @@ typedef struct raddle_attention_config {
     int32_t page_size; /* 0: ragged */
     int32_t causal;    /* 0 when every request has one query row: nothing to mask */
     int32_t has_window;
+    int32_t has_soft_cap, has_rope, has_alibi, has_sinks, has_sigmoid;
+    uint32_t hooks;         /* raddle_attention_hook bits of the variant */
+    int32_t no_softmax;     /* of the variant, or sigmoid: weights are summed as they are */
     int32_t tile_rows;      /* packed rows per item and K/V head */
     int32_t tile_kv;        /* tokens: cuts lie at multiples of it */
     int32_t heads_per_item; /* K/V heads that one worker handles together */
@@ -69,12 +114,18 @@ typedef struct raddle_attention_schedule {
 
 typedef struct raddle_attention_plan raddle_attention_plan;
 
+/* What a launch is given: on CUDA the kernel's argument as it lies here. */
+typedef struct raddle_attention_run_params {
+    raddle_attention_params params;
+    raddle_variant_block variant;
+} raddle_attention_run_params;
+
 /* One back end. Both are complete. */
 typedef struct raddle_attention_ops {
     /* Chooses tile_rows, tile_kv, heads_per_item, num_workers and segment_cost; compiles what run()
      * will launch. RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
     raddle_status (*prepare)(raddle_attention_plan *plan);
-    raddle_status (*run)(raddle_attention_plan *plan, const raddle_attention_params *params,
+    raddle_status (*run)(raddle_attention_plan *plan, const raddle_attention_run_params *params,
                          raddle_stream stream);
     void (*release)(raddle_attention_plan *plan);
 } raddle_attention_ops;
@@ -93,10 +144,12 @@ struct raddle_attention_plan {
     /* Of the last update, in its slot: for checks and plan.schedule(). */
     raddle_attention_schedule host;
     const int32_t *host_pages;
-    int64_t max_page_id;            /* -1: the page table came from the device, or is empty */
-    raddle_attention_params params; /* all but the tensors of a run */
-    int32_t *arrivals;              /* device memory of the plan, zeroed once */
-    void *backend_state;            /* kernels on CUDA, scratch on the CPU */
+    int64_t max_page_id;               /* -1: the page table came from the device, or is empty */
+    raddle_attention_params params;    /* all but the tensors of a run */
+    raddle_attention_variant *variant; /* or NULL */
+    float *rope_turns;                 /* device memory of the plan: params.rope_turns */
+    int32_t *arrivals;                 /* device memory of the plan, zeroed once */
+    void *backend_state;               /* kernels on CUDA, scratch on the CPU */
 };
 
 /* ---------------------------------------------------------------- what others call
@@ -131,6 +184,9 @@ raddle_status raddle_attention_append(const raddle_tensor *k, const raddle_tenso
 raddle_status raddle_attention_append_slots(const raddle_tensor *k, const raddle_tensor *v,
                                             const raddle_tensor *slot_mapping,
                                             const raddle_kv_cache *kv, raddle_stream stream);
+raddle_status raddle_attention_variant_create(const raddle_attention_variant_spec *spec,
+                                              raddle_attention_variant **out_variant);
+void raddle_attention_variant_destroy(raddle_attention_variant *variant);
 /* Not in the table yet. out[i] = K/V tokens of request i: (pages - 1) * page_size + last_page_len,
  * or 0 without pages. */
 raddle_status raddle_attention_seq_lens(const raddle_tensor *indptr,
@@ -151,6 +207,16 @@ raddle_status raddle_attention_spec_check(const raddle_attention_spec *spec,
                                           raddle_attention_spec *out_spec);
 void raddle_attention_config_from_spec(const raddle_attention_spec *spec,
                                        raddle_attention_config *out_config);
+
+/* attention_variant.c */
+raddle_attention_variant *raddle_attention_variant_retain(const raddle_attention_variant *variant);
+/* Checks a run's tensors and numbers against the declarations, and lays them out. */
+raddle_status raddle_attention_variant_bind(const raddle_attention_variant *variant,
+                                            const raddle_tensor *const *tensors,
+                                            const double *scalars, raddle_device device,
+                                            raddle_variant_block *out_block);
+/* Bytes of the block that the variant uses. */
+size_t raddle_attention_variant_block_bytes(const raddle_attention_variant *variant);
 
 /* attention_schedule.c: the planner. requests is filled already (batch of them). */
 raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,

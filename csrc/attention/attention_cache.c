@@ -53,9 +53,6 @@ static raddle_status check_job(const append_job *job) {
                    "kv cache: append needs a paged cache, got ragged K and V (page_size 0)");
     RADDLE_REQUIRE(!kv->read_only, RADDLE_ERR_VALUE,
                    "kv cache: append writes into it, but it is read-only");
-    RADDLE_REQUIRE(kv->k_scale == RADDLE_KV_SCALE_NONE && kv->v_scale == RADDLE_KV_SCALE_NONE,
-                   RADDLE_ERR_UNSUPPORTED,
-                   "kv cache: append cannot quantise; the cache has K or V scales");
     RADDLE_TRY(check_rows(job->k, kv, -1, kv->head_dim_qk, kv->k_dtype));
     RADDLE_TRY(check_rows(job->v, kv, job->rows, kv->head_dim_vo, kv->v_dtype));
     if (job->slots) {

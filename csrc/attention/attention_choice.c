@@ -228,6 +228,10 @@ static raddle_status check_support(const raddle_attention_config *config,
                  raddle_dtype_name(config->q_dtype));
         add_reason(reasons, sizeof(reasons), text);
     }
+    if (config->has_soft_cap || config->has_rope || config->has_alibi || config->has_sinks ||
+        config->no_softmax || config->hooks != 0) {
+        add_reason(reasons, sizeof(reasons), "variants are not there yet");
+    }
     if (config->q_dtype != config->kv_dtype) {
         snprintf(text, sizeof(text), "K and V are %s, expected the dtype of q, %s",
                  raddle_dtype_name(config->kv_dtype), raddle_dtype_name(config->q_dtype));

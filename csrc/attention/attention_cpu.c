@@ -120,6 +120,10 @@ static void cpu_release(raddle_attention_plan *plan) {
 
 static raddle_status cpu_prepare(raddle_attention_plan *plan) {
     raddle_attention_config *config = &plan->config;
+    RADDLE_REQUIRE(!config->has_soft_cap && !config->has_rope && !config->has_alibi &&
+                       !config->has_sinks && !config->no_softmax && config->hooks == 0 &&
+                       raddle_dtype_bytes(config->kv_dtype) > 1,
+                   RADDLE_ERR_UNSUPPORTED, "attention on the CPU cannot run variants yet");
     choose_cuts(&plan->spec, config);
 
     cpu_plan_state *state = raddle_alloc_zero(sizeof(*state));
@@ -206,9 +210,10 @@ static void merge_task(void *context, int worker, int num_workers) {
     }
 }
 
-static raddle_status cpu_run(raddle_attention_plan *plan, const raddle_attention_params *params,
+static raddle_status cpu_run(raddle_attention_plan *plan, const raddle_attention_run_params *given,
                              raddle_stream stream) {
     (void)stream;
+    const raddle_attention_params *params = &given->params;
     cpu_plan_state *state = plan->backend_state;
     const raddle_attention_header *header = params->header;
     run_context run = {.job = {&plan->config, params, &state->shared}, .cursors = state->cursors};

@@ -96,8 +96,8 @@ static raddle_status cuda_prepare(raddle_attention_plan *plan) {
     return status;
 }
 
-static raddle_status cuda_run(raddle_attention_plan *plan, const raddle_attention_params *params,
-                              raddle_stream stream) {
+static raddle_status cuda_run(raddle_attention_plan *plan,
+                              const raddle_attention_run_params *params, raddle_stream stream) {
     const cuda_plan_state *state = plan->backend_state;
     bool pushed;
     RADDLE_TRY(raddle_cuda_push(state->device, &pushed));

@@ -7,6 +7,7 @@
  */
 #include "attention/attention.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/struct.h"
@@ -70,17 +71,38 @@ static void fini_plan(raddle_plan *base) {
     raddle_staging_fini(&plan->staging);
     raddle_attention_check_fini(plan);
     base->backend->free(base->device.index, plan->arrivals);
+    base->backend->free(base->device.index, plan->rope_turns);
+    raddle_attention_variant_destroy(plan->variant);
 }
 
 static const raddle_plan_ops plan_ops = {
     .family = "attention", .layout = layout_scratch, .fini = fini_plan};
+
+/* Turns per token of each pair of dimensions, as the sum of two floats. */
+static raddle_status make_rope_turns(raddle_attention_plan *plan) {
+    const raddle_attention_spec *spec = &plan->spec;
+    const raddle_backend *backend = plan->base.backend;
+    const int32_t device = plan->base.device.index, pairs = spec->head_dim_qk / 2;
+    const double two_pi = 6.283185307179586476925;
+    float turns[RADDLE_ATTENTION_MAX_HEAD_DIM]; /* [pairs, 2] */
+    for (int32_t i = 0; i < pairs; i++) {
+        const double frequency =
+            pow((double)spec->rope_theta, -(double)i / pairs) / (double)spec->rope_scale;
+        turns[2 * i] = (float)(frequency / two_pi);
+        turns[2 * i + 1] = (float)(frequency / two_pi - (double)turns[2 * i]);
+    }
+    const size_t bytes = (size_t)pairs * 2 * sizeof(float);
+    RADDLE_TRY(backend->alloc(device, bytes, (void **)&plan->rope_turns));
+    RADDLE_TRY(backend->copy(device, plan->rope_turns, turns, bytes, RADDLE_COPY_TO_DEVICE, NULL));
+    return backend->synchronize(device, NULL); /* turns leaves */
+}
 
 /* What every run passes, and does not change between updates. */
 static void fill_constant_params(raddle_attention_plan *plan) {
     const raddle_attention_spec *spec = &plan->spec;
     const raddle_attention_config *config = &plan->config;
     const block_view view = view_block(plan, plan->staging.data);
-    const float log2_e = 1.44269504088896340736f, ln_2 = 0.69314718055994530942f;
+    const float ln_2 = 0.69314718055994530942f;
     plan->pages_offset =
         view.pages == NULL ? 0 : (size_t)((char *)view.pages - (char *)plan->staging.data);
     plan->params.header = view.schedule.header;
@@ -96,7 +118,8 @@ static void fill_constant_params(raddle_attention_plan *plan) {
     plan->params.page_size = config->page_size;
     plan->params.window_left = spec->window_left;
     plan->params.causal = config->causal;
-    plan->params.sm_scale_log2 = spec->sm_scale * log2_e;
+    plan->params.rope_turns = plan->rope_turns;
+    plan->params.logits_soft_cap = spec->logits_soft_cap;
     plan->params.lse_scale = spec->lse_base == RADDLE_LSE_BASE_E ? ln_2 : 1.0f;
 }
 
@@ -114,6 +137,9 @@ static raddle_status build_plan(raddle_attention_plan *plan) {
     RADDLE_TRY(backend->alloc(device, arrivals_bytes, (void **)&plan->arrivals));
     RADDLE_TRY(backend->fill(device, plan->arrivals, 0, arrivals_bytes, NULL));
     RADDLE_TRY(backend->synchronize(device, NULL));
+    if (plan->config.has_rope) {
+        RADDLE_TRY(make_rope_turns(plan));
+    }
     fill_constant_params(plan);
     RADDLE_TRY(raddle_attention_check_init(plan));
     plan->base.staging = &plan->staging;
@@ -129,6 +155,8 @@ raddle_status raddle_attention_plan_create(const raddle_attention_spec *spec,
     RADDLE_TRY(raddle_plan_alloc(sizeof(raddle_attention_plan), &plan_ops, checked.device, &base));
     raddle_attention_plan *plan = (raddle_attention_plan *)base;
     plan->spec = checked;
+    plan->variant = raddle_attention_variant_retain(checked.variant);
+    plan->spec.variant = plan->variant;
     raddle_status status = build_plan(plan);
     if (status != RADDLE_OK) {
         raddle_plan_destroy(base);
@@ -278,6 +306,38 @@ static raddle_status check_cache(const raddle_attention_plan *plan, const raddle
     return RADDLE_OK;
 }
 
+/* A float32 vector with one number per head, or nothing. */
+static raddle_status check_heads(const raddle_attention_plan *plan, const raddle_tensor *tensor,
+                                 int64_t heads) {
+    if (tensor == NULL) {
+        return RADDLE_OK;
+    }
+    RADDLE_TRY(raddle_tensor_check_dtype(tensor, RADDLE_F32));
+    RADDLE_TRY(raddle_tensor_check_device(tensor, plan->base.device));
+    RADDLE_TRY(raddle_tensor_check_shape(tensor, 1, &heads));
+    return raddle_tensor_check_inner_contiguous(tensor);
+}
+
+static raddle_status check_variant_args(const raddle_attention_plan *plan,
+                                        const raddle_attention_args *args) {
+    RADDLE_REQUIRE((args->sinks != NULL) == (plan->config.has_sinks != 0), RADDLE_ERR_VALUE,
+                   "sinks: %s",
+                   args->sinks == NULL ? "the plan was made with sinks, and needs them at each run"
+                                       : "the plan was made without; make it with sinks=True");
+    RADDLE_TRY(check_heads(plan, args->sinks, plan->config.num_qo_heads));
+    RADDLE_TRY(check_heads(plan, args->k_scales, plan->config.num_kv_heads));
+    RADDLE_TRY(check_heads(plan, args->v_scales, plan->config.num_kv_heads));
+    RADDLE_REQUIRE(isfinite(args->k_scale) && isfinite(args->v_scale), RADDLE_ERR_VALUE,
+                   "k_scale, v_scale: expected finite numbers, got %g and %g",
+                   (double)args->k_scale, (double)args->v_scale);
+    RADDLE_REQUIRE(args->lse == NULL || !plan->config.no_softmax, RADDLE_ERR_UNSUPPORTED,
+                   "lse: there is none without a softmax");
+    RADDLE_REQUIRE(plan->variant != NULL ||
+                       (args->variant_tensors == NULL && args->variant_scalars == NULL),
+                   RADDLE_ERR_VALUE, "variant_args: the plan was made without a variant");
+    return RADDLE_OK;
+}
+
 static raddle_status check_args(const raddle_attention_plan *plan,
                                 const raddle_attention_args *args) {
     RADDLE_REQUIRE(args->q != NULL && args->kv != NULL && args->out != NULL, RADDLE_ERR_VALUE,
@@ -298,7 +358,7 @@ static raddle_status check_args(const raddle_attention_plan *plan,
         RADDLE_TRY(raddle_tensor_check_writable(args->lse));
         RADDLE_TRY(raddle_tensor_check_no_overlap(args->lse));
     }
-    return RADDLE_OK;
+    return check_variant_args(plan, args);
 }
 
 static raddle_status run_plan(raddle_attention_plan *plan, const raddle_attention_args *args,
@@ -310,26 +370,41 @@ static raddle_status run_plan(raddle_attention_plan *plan, const raddle_attentio
     }
     RADDLE_TRY(raddle_staging_wait(&plan->staging, stream));
     const raddle_kv_cache *kv = args->kv;
-    raddle_attention_params params = plan->params;
-    params.q = args->q->data;
-    params.k = kv->k;
-    params.v = kv->v;
-    params.out = args->out->data;
-    params.lse = args->lse == NULL ? NULL : args->lse->data;
-    params.q_stride_token = args->q->stride[0];
-    params.q_stride_head = args->q->stride[1];
-    params.k_stride_page = kv->k_stride_page;
-    params.k_stride_token = kv->k_stride_token;
-    params.k_stride_head = kv->k_stride_head;
-    params.v_stride_page = kv->v_stride_page;
-    params.v_stride_token = kv->v_stride_token;
-    params.v_stride_head = kv->v_stride_head;
-    params.out_stride_token = args->out->stride[0];
-    params.out_stride_head = args->out->stride[1];
-    params.lse_stride_token = args->lse == NULL ? 0 : args->lse->stride[0];
-    params.lse_stride_head = args->lse == NULL ? 0 : args->lse->stride[1];
-    params.num_pages = plan->config.page_size > 0 ? kv->num_pages : kv->num_tokens;
-    return plan->ops->run(plan, &params, stream);
+    const float log2_e = 1.44269504088896340736f;
+    raddle_attention_run_params run;
+    raddle_attention_params *params = &run.params;
+    *params = plan->params;
+    if (plan->variant != NULL) {
+        RADDLE_TRY(raddle_attention_variant_bind(plan->variant, args->variant_tensors,
+                                                 args->variant_scalars, plan->base.device,
+                                                 &run.variant));
+        params->variant = run.variant.bytes;
+    }
+    params->sinks = args->sinks == NULL ? NULL : args->sinks->data;
+    params->k_scales = args->k_scales == NULL ? NULL : args->k_scales->data;
+    params->v_scales = args->v_scales == NULL ? NULL : args->v_scales->data;
+    params->sm_scale = plan->spec.sm_scale * (args->k_scale == 0.0f ? 1.0f : args->k_scale);
+    params->sm_scale_log2 = params->sm_scale * log2_e;
+    params->out_scale = args->v_scale == 0.0f ? 1.0f : args->v_scale;
+    params->q = args->q->data;
+    params->k = kv->k;
+    params->v = kv->v;
+    params->out = args->out->data;
+    params->lse = args->lse == NULL ? NULL : args->lse->data;
+    params->q_stride_token = args->q->stride[0];
+    params->q_stride_head = args->q->stride[1];
+    params->k_stride_page = kv->k_stride_page;
+    params->k_stride_token = kv->k_stride_token;
+    params->k_stride_head = kv->k_stride_head;
+    params->v_stride_page = kv->v_stride_page;
+    params->v_stride_token = kv->v_stride_token;
+    params->v_stride_head = kv->v_stride_head;
+    params->out_stride_token = args->out->stride[0];
+    params->out_stride_head = args->out->stride[1];
+    params->lse_stride_token = args->lse == NULL ? 0 : args->lse->stride[0];
+    params->lse_stride_head = args->lse == NULL ? 0 : args->lse->stride[1];
+    params->num_pages = plan->config.page_size > 0 ? kv->num_pages : kv->num_tokens;
+    return plan->ops->run(plan, &run, stream);
 }
 
 raddle_status raddle_attention_plan_run(raddle_plan *base, const raddle_attention_args *given,

@@ -7,12 +7,12 @@
 #include "base/struct.h"
 #include "base/tensor.h"
 
-enum { MAX_HEAD_DIM = 256, MAX_HEADS = 4096, CHUNK_MULTIPLE = 64 };
+enum { MAX_HEADS = 4096, CHUNK_MULTIPLE = 64 };
 
 static raddle_status check_head_dim(const char *name, int32_t head_dim) {
-    RADDLE_REQUIRE(head_dim > 0 && head_dim <= MAX_HEAD_DIM && head_dim % 8 == 0, RADDLE_ERR_SHAPE,
-                   "%s: expected a multiple of 8 from 8 to %d, got %d", name, MAX_HEAD_DIM,
-                   (int)head_dim);
+    RADDLE_REQUIRE(head_dim > 0 && head_dim <= RADDLE_ATTENTION_MAX_HEAD_DIM && head_dim % 8 == 0,
+                   RADDLE_ERR_SHAPE, "%s: expected a multiple of 8 from 8 to %d, got %d", name,
+                   RADDLE_ATTENTION_MAX_HEAD_DIM, (int)head_dim);
     return RADDLE_OK;
 }
 
@@ -20,6 +20,53 @@ static raddle_status check_float_dtype(const char *name, raddle_dtype dtype) {
     RADDLE_REQUIRE(dtype == RADDLE_F32 || dtype == RADDLE_F16 || dtype == RADDLE_BF16,
                    RADDLE_ERR_DTYPE, "%s: expected float32, float16 or bfloat16, got %s", name,
                    raddle_dtype_name(dtype));
+    return RADDLE_OK;
+}
+
+static bool is_kv_dtype(raddle_dtype dtype) {
+    return dtype == RADDLE_F32 || dtype == RADDLE_F16 || dtype == RADDLE_BF16 ||
+           dtype == RADDLE_F8_E4M3 || dtype == RADDLE_F8_E5M2;
+}
+
+/* What a logit goes through besides sm_scale. */
+static raddle_status check_variant(raddle_attention_spec *spec) {
+    RADDLE_REQUIRE(isfinite(spec->logits_soft_cap) && spec->logits_soft_cap >= 0.0f,
+                   RADDLE_ERR_VALUE,
+                   "logits_soft_cap: expected a positive number, or 0 for none; got %g",
+                   (double)spec->logits_soft_cap);
+    RADDLE_REQUIRE(spec->pos_encoding == RADDLE_POS_NONE || spec->pos_encoding == RADDLE_POS_ROPE ||
+                       spec->pos_encoding == RADDLE_POS_ALIBI,
+                   RADDLE_ERR_VALUE, "pos_encoding: expected NONE, ROPE or ALIBI");
+    RADDLE_REQUIRE(spec->weights == RADDLE_WEIGHTS_SOFTMAX ||
+                       spec->weights == RADDLE_WEIGHTS_SIGMOID,
+                   RADDLE_ERR_VALUE, "weights: expected softmax or sigmoid");
+    if (spec->rope_scale == 0.0f) {
+        spec->rope_scale = 1.0f;
+    }
+    if (spec->rope_theta == 0.0f) {
+        spec->rope_theta = 10000.0f;
+    }
+    RADDLE_REQUIRE(isfinite(spec->rope_scale) && spec->rope_scale > 0.0f, RADDLE_ERR_VALUE,
+                   "rope_scale: expected a positive number, got %g", (double)spec->rope_scale);
+    RADDLE_REQUIRE(isfinite(spec->rope_theta) && spec->rope_theta > 0.0f, RADDLE_ERR_VALUE,
+                   "rope_theta: expected a positive number, got %g", (double)spec->rope_theta);
+    const uint32_t hooks = spec->variant == NULL ? 0 : spec->variant->hooks;
+    const bool has_pairs = spec->pos_encoding == RADDLE_POS_ROPE ||
+                           (hooks & (RADDLE_HOOK_QUERY | RADDLE_HOOK_KEY)) != 0;
+    RADDLE_REQUIRE(!has_pairs || spec->head_dim_qk % 16 == 0, RADDLE_ERR_SHAPE,
+                   "head_dim: pairs of elements (pos_encoding ROPE, query and key hooks) want a "
+                   "multiple of 16, got %d",
+                   (int)spec->head_dim_qk);
+    const bool no_softmax = spec->weights == RADDLE_WEIGHTS_SIGMOID ||
+                            (spec->variant != NULL && spec->variant->no_softmax);
+    RADDLE_REQUIRE(!no_softmax || !spec->has_sinks, RADDLE_ERR_VALUE,
+                   "sinks: they enter the sum of a softmax, which is off");
+    RADDLE_REQUIRE(spec->weights == RADDLE_WEIGHTS_SOFTMAX || spec->variant == NULL ||
+                       !spec->variant->no_softmax,
+                   RADDLE_ERR_VALUE,
+                   "weights: sigmoid, and a variant that makes weights itself; choose one");
+    RADDLE_REQUIRE(!no_softmax || (hooks & RADDLE_HOOK_STATE) == 0, RADDLE_ERR_VALUE,
+                   "variant: raddle_variant_state is about the sums of a softmax, which is off");
     return RADDLE_OK;
 }
 
@@ -54,9 +101,6 @@ raddle_status raddle_attention_spec_check(const raddle_attention_spec *given,
                                           raddle_attention_spec *out_spec) {
     raddle_attention_spec spec;
     RADDLE_TRY(raddle_struct_read("spec", given, sizeof spec, &spec));
-    RADDLE_REQUIRE(spec.reserved == 0, RADDLE_ERR_VALUE,
-                   "spec: expected reserved = 0, got %u; zero the struct before filling it",
-                   (unsigned)spec.reserved);
     if (spec.kv_dtype == RADDLE_DTYPE_NONE) {
         spec.kv_dtype = spec.q_dtype;
     }
@@ -67,7 +111,10 @@ raddle_status raddle_attention_spec_check(const raddle_attention_spec *given,
         spec.head_dim_vo = spec.head_dim_qk;
     }
     RADDLE_TRY(check_float_dtype("dtype", spec.q_dtype));
-    RADDLE_TRY(check_float_dtype("kv_dtype", spec.kv_dtype));
+    RADDLE_REQUIRE(is_kv_dtype(spec.kv_dtype), RADDLE_ERR_DTYPE,
+                   "kv_dtype: expected float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, "
+                   "got %s",
+                   raddle_dtype_name(spec.kv_dtype));
     RADDLE_TRY(check_float_dtype("o_dtype", spec.o_dtype));
     RADDLE_TRY(check_head_dim("head_dim", spec.head_dim_qk));
     RADDLE_TRY(check_head_dim("head_dim_vo", spec.head_dim_vo));
@@ -91,6 +138,7 @@ raddle_status raddle_attention_spec_check(const raddle_attention_spec *given,
     if (spec.window_left < 0) {
         spec.window_left = -1;
     }
+    RADDLE_TRY(check_variant(&spec));
     RADDLE_TRY(check_limits(&spec));
     *out_spec = spec;
     return RADDLE_OK;
@@ -111,6 +159,13 @@ void raddle_attention_config_from_spec(const raddle_attention_spec *spec,
     /* One query row sees every key of its request: the mask would never bite. */
     config.causal = spec->causal && spec->max_qo_len != 1;
     config.has_window = spec->window_left >= 0;
+    config.has_soft_cap = spec->logits_soft_cap > 0.0f;
+    config.has_rope = spec->pos_encoding == RADDLE_POS_ROPE;
+    config.has_alibi = spec->pos_encoding == RADDLE_POS_ALIBI;
+    config.has_sinks = spec->has_sinks;
+    config.has_sigmoid = spec->weights == RADDLE_WEIGHTS_SIGMOID;
+    config.hooks = spec->variant == NULL ? 0 : spec->variant->hooks;
+    config.no_softmax = config.has_sigmoid || (spec->variant != NULL && spec->variant->no_softmax);
     *out_config = config;
 }
 

@@ -109,14 +109,50 @@ typedef enum raddle_kv_layout { RADDLE_NHD = 0, RADDLE_HND = 1 } raddle_kv_layou
 
 typedef enum raddle_lse_base { RADDLE_LSE_BASE_2 = 0, RADDLE_LSE_BASE_E = 1 } raddle_lse_base;
 
+/* What tells attention where a token stands. ROPE rotates q and the keys, which are stored as they
+ * are before; ALIBI biases the logits by the distance. */
+typedef enum raddle_pos_encoding {
+    RADDLE_POS_NONE = 0,
+    RADDLE_POS_ROPE = 1,
+    RADDLE_POS_ALIBI = 2
+} raddle_pos_encoding;
+
+/* How a logit becomes the weight of its V row. SIGMOID: each by itself, nothing is divided. */
+typedef enum raddle_attention_weights {
+    RADDLE_WEIGHTS_SOFTMAX = 0,
+    RADDLE_WEIGHTS_SIGMOID = 1
+} raddle_attention_weights;
+
 /* ---------------------------------------------------------------- handles */
 
 typedef struct raddle_tensor raddle_tensor;       /* a checked view of somebody's memory */
 typedef struct raddle_kv_cache raddle_kv_cache;   /* K and V, and how they are laid out */
 typedef struct raddle_plan raddle_plan;           /* all decisions of one family for one device */
 typedef struct raddle_workspace raddle_workspace; /* scratch; plans of one stream may share it */
+typedef struct raddle_attention_variant raddle_attention_variant; /* a user's hooks, as text */
 
 /* ---------------------------------------------------------------- attention */
+
+/* A tensor or scalar that a variant declares: v->name in its text. */
+typedef struct raddle_attention_variant_argument {
+    const char *name;
+    raddle_dtype dtype; /* tensors: F32, I32, I64, U8 or BOOL; scalars: F32 or I32 */
+    bool is_written;    /* of a tensor */
+} raddle_attention_variant_argument;
+
+/* The text is C functions named raddle_variant_query, _key, _logit, _mask, _state and _output, each
+ * optional; kernels/attention/attention_variant.h says what they are told and give back. It is
+ * compiled by NVRTC, and by a C compiler for the CPU. */
+typedef struct raddle_attention_variant_spec {
+    uint32_t struct_size;
+    const char *name; /* an identifier */
+    const char *source;
+    const char *filename; /* of the text in compilers' messages; NULL: name */
+    bool no_softmax;      /* logits are weights already; nothing is divided, there is no lse */
+    int32_t num_tensors, num_scalars; /* at most 8 and 16 */
+    const raddle_attention_variant_argument *tensors;
+    const raddle_attention_variant_argument *scalars;
+} raddle_attention_variant_spec;
 
 /* What is asked for; fixed for the life of a plan. Zero means the default where one is named. */
 typedef struct raddle_attention_spec {
@@ -139,7 +175,13 @@ typedef struct raddle_attention_spec {
                               tokens, whatever else is in the batch, so that a request's result does
                               not depend on its neighbours */
     int32_t max_ctas;      /* 0: all of the device; else at most so many CTAs (CPU: threads) */
-    uint32_t reserved;     /* 0: the place of the next field */
+    float logits_soft_cap; /* 0: none; else logits are cap * tanh(logit / cap) */
+    raddle_pos_encoding pos_encoding;
+    float rope_scale, rope_theta; /* of ROPE; 0: 1 and 10000 */
+    raddle_attention_weights weights;
+    bool has_sinks; /* every run brings args.sinks */
+    bool no_pdl;    /* CUDA: a launch waits for its predecessor's end before it starts */
+    const raddle_attention_variant *variant; /* or NULL; the plan keeps what it needs of it */
 } raddle_attention_spec;
 
 /* One batch. Index tensors are int32 or int64, 1-D, on the host or on the plan's device. */
@@ -161,8 +203,15 @@ typedef struct raddle_attention_args {
     uint32_t struct_size;
     const raddle_tensor *q; /* [qo tokens, num_qo_heads, head_dim_qk] */
     const raddle_kv_cache *kv;
-    const raddle_tensor *out; /* [qo tokens, num_qo_heads, head_dim_vo] */
-    const raddle_tensor *lse; /* float32 [qo tokens, num_qo_heads], or NULL */
+    const raddle_tensor *out;   /* [qo tokens, num_qo_heads, head_dim_vo] */
+    const raddle_tensor *lse;   /* float32 [qo tokens, num_qo_heads], or NULL */
+    const raddle_tensor *sinks; /* float32 [num_qo_heads]: one more logit per head, that only enters
+                                   the sum; with spec.has_sinks, and else NULL */
+    float k_scale, v_scale;     /* of stored K and V; 0: 1 */
+    const raddle_tensor *k_scales, *v_scales; /* float32 [num_kv_heads], or NULL: the same per head,
+                                                 times k_scale and v_scale */
+    const raddle_tensor *const *variant_tensors; /* in the order in which they are declared */
+    const double *variant_scalars;
 } raddle_attention_args;
 
 /* ---------------------------------------------------------------- the table */
@@ -272,6 +321,13 @@ typedef struct raddle_api {
     raddle_status (*attention_append_slots)(const raddle_tensor *k, const raddle_tensor *v,
                                             const raddle_tensor *slot_mapping,
                                             const raddle_kv_cache *kv, raddle_stream stream);
+
+    /* ---- variants */
+
+    /* Checks names and declarations; the text is compiled by the plans that use it. */
+    raddle_status (*attention_variant_create)(const raddle_attention_variant_spec *spec,
+                                              raddle_attention_variant **out_variant);
+    void (*attention_variant_destroy)(raddle_attention_variant *variant);
 } raddle_api;
 
 #ifdef Py_PYTHON_H /* Python.h was included before */

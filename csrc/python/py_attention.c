@@ -17,35 +17,65 @@ typedef struct attention_plan_object {
 
 /* ------------------------------------------------------------------ construction */
 
+static int parse_encoding(const char *text, raddle_pos_encoding *out_encoding) {
+    *out_encoding = strcmp(text, "ROPE") == 0    ? RADDLE_POS_ROPE
+                    : strcmp(text, "ALIBI") == 0 ? RADDLE_POS_ALIBI
+                                                 : RADDLE_POS_NONE;
+    if (*out_encoding == RADDLE_POS_NONE && strcmp(text, "NONE") != 0) {
+        raddle_raise(raddle_fail(
+            RADDLE_ERR_VALUE, "pos_encoding: expected 'NONE', 'ROPE' or 'ALIBI', got '%s'", text));
+        return -1;
+    }
+    return 0;
+}
+
+static int parse_weights(const char *text, raddle_attention_weights *out_weights) {
+    *out_weights = strcmp(text, "sigmoid") == 0 ? RADDLE_WEIGHTS_SIGMOID : RADDLE_WEIGHTS_SOFTMAX;
+    if (*out_weights == RADDLE_WEIGHTS_SOFTMAX && strcmp(text, "softmax") != 0) {
+        raddle_raise(raddle_fail(RADDLE_ERR_VALUE,
+                                 "weights: expected 'softmax' or 'sigmoid', got '%s'", text));
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {
-        "num_qo_heads", "num_kv_heads", "head_dim",  "head_dim_vo",   "page_size",   "dtype",
-        "kv_dtype",     "o_dtype",      "kv_layout", "causal",        "window_left", "sm_scale",
-        "lse_base",     "max_batch",    "max_pages", "max_qo_tokens", "max_qo_len",  "fixed_chunk",
-        "max_ctas",     "device",       NULL};
+        "num_qo_heads",    "num_kv_heads", "head_dim",    "head_dim_vo", "page_size",
+        "dtype",           "kv_dtype",     "o_dtype",     "kv_layout",   "causal",
+        "window_left",     "sm_scale",     "lse_base",    "max_batch",   "max_pages",
+        "max_qo_tokens",   "max_qo_len",   "fixed_chunk", "max_ctas",    "device",
+        "logits_soft_cap", "pos_encoding", "rope_scale",  "rope_theta",  "weights",
+        "sinks",           "pdl",          "variant",     NULL};
     raddle_attention_spec spec = {.struct_size = sizeof spec};
-    PyObject *dtype, *kv_dtype, *o_dtype, *device;
-    const char *layout_text, *base_text;
+    PyObject *dtype, *kv_dtype, *o_dtype, *device, *variant;
+    const char *layout_text, *base_text, *encoding_text, *weights_text;
     long long max_pages, max_qo_tokens;
-    int causal;
+    int causal, has_sinks, pdl;
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "iiiiiOOOspifsiLLiiiO:AttentionPlan", names, &spec.num_qo_heads,
+            args, kwargs, "iiiiiOOOspifsiLLiiiOfsffsppO:AttentionPlan", names, &spec.num_qo_heads,
             &spec.num_kv_heads, &spec.head_dim_qk, &spec.head_dim_vo, &spec.page_size, &dtype,
             &kv_dtype, &o_dtype, &layout_text, &causal, &spec.window_left, &spec.sm_scale,
             &base_text, &spec.max_batch, &max_pages, &max_qo_tokens, &spec.max_qo_len,
-            &spec.fixed_chunk, &spec.max_ctas, &device)) {
+            &spec.fixed_chunk, &spec.max_ctas, &device, &spec.logits_soft_cap, &encoding_text,
+            &spec.rope_scale, &spec.rope_theta, &weights_text, &has_sinks, &pdl, &variant)) {
         return NULL;
     }
     raddle_kv_layout layout;
     spec.causal = causal != 0;
     spec.max_pages = max_pages;
     spec.max_qo_tokens = max_qo_tokens;
+    spec.has_sinks = has_sinks != 0;
+    spec.no_pdl = !pdl;
     if (raddle_dtype_from_object(dtype, "dtype", &spec.q_dtype) < 0 ||
         raddle_dtype_from_object(kv_dtype, "kv_dtype", &spec.kv_dtype) < 0 ||
         raddle_dtype_from_object(o_dtype, "o_dtype", &spec.o_dtype) < 0 ||
         raddle_device_from_object(device, "device", &spec.device) < 0 ||
         raddle_py_parse_layout(layout_text, &layout) < 0 ||
-        raddle_py_parse_lse_base(base_text, &spec.lse_base) < 0) {
+        raddle_py_parse_lse_base(base_text, &spec.lse_base) < 0 ||
+        parse_encoding(encoding_text, &spec.pos_encoding) < 0 ||
+        parse_weights(weights_text, &spec.weights) < 0 ||
+        raddle_py_variant_from_object(variant, &spec.variant) < 0) {
         return NULL;
     }
     raddle_plan *plan = NULL;
@@ -147,7 +177,8 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
 
 /* ------------------------------------------------------------------ run */
 
-PyDoc_STRVAR(plan_run_doc, "run(q, k_or_kv, v, out, lse, return_lse, stream, /)\n--\n\n"
+PyDoc_STRVAR(plan_run_doc, "run(q, k_or_kv, v, out, lse, return_lse, stream, sinks, k_scale, "
+                           "v_scale, variant_args, /)\n--\n\n"
                            "Attention of the planned batch; capture-safe when out is given.");
 
 static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects, Py_ssize_t count) {
@@ -157,11 +188,13 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
     const raddle_attention_plan *plan = (const raddle_attention_plan *)self->plan;
     raddle_tensor_arg args[NUM];
     memset(args, 0, sizeof args);
+    raddle_py_run_extras extras;
+    extras.num_args = 0;
     PyObject *out = NULL, *lse = NULL, *result = NULL;
     raddle_kv_cache cache;
     raddle_stream stream = NULL;
     raddle_status status = RADDLE_OK;
-    if (raddle_py_check_count("run", count, 7) < 0 ||
+    if (raddle_py_check_count("run", count, 11) < 0 ||
         raddle_py_open_args(objects, names, access, 3, args) < 0) {
         return NULL;
     }
@@ -204,13 +237,29 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
     if (raddle_stream_from_args(objects[6], args, NUM, &stream) < 0) {
         goto out;
     }
-    const raddle_attention_args run_args = {
+    raddle_attention_args run_args = {
         .struct_size = sizeof run_args,
         .q = args[Q].view,
         .kv = &cache,
         .out = args[OUT].view,
         .lse = lse == NULL ? NULL : args[LSE].view,
     };
+    if (plan->variant != NULL || objects[7] != Py_None || objects[8] != Py_None ||
+        objects[9] != Py_None || objects[10] != Py_None) {
+        if (raddle_py_open_run_extras(plan->variant, objects[7], objects[8], objects[9],
+                                      objects[10], &extras) < 0) {
+            goto out;
+        }
+        run_args.sinks = extras.sinks;
+        run_args.k_scale = extras.k_scale;
+        run_args.v_scale = extras.v_scale;
+        run_args.k_scales = extras.k_scales;
+        run_args.v_scales = extras.v_scales;
+        if (plan->variant != NULL) {
+            run_args.variant_tensors = extras.tensors;
+            run_args.variant_scalars = extras.scalars;
+        }
+    }
     if (self->is_cpu) {
         Py_BEGIN_ALLOW_THREADS;
         status = raddle_attention_plan_run(self->plan, &run_args, stream);
@@ -225,6 +274,7 @@ static PyObject *plan_run(attention_plan_object *self, PyObject *const *objects,
     result = want_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
 out:
     raddle_py_close_args(args, NUM);
+    raddle_py_close_args(extras.args, extras.num_args);
     Py_XDECREF(out);
     Py_XDECREF(lse);
     return result;
@@ -306,5 +356,8 @@ int raddle_py_add_attention(PyObject *module) {
     }
     const int added = PyModule_AddType(module, (PyTypeObject *)type);
     Py_DECREF(type);
-    return added < 0 ? -1 : raddle_py_add_attention_functions(module);
+    if (added < 0 || raddle_py_add_attention_variant(module) < 0) {
+        return -1;
+    }
+    return raddle_py_add_attention_functions(module);
 }

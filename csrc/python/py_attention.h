@@ -6,6 +6,7 @@
 #ifndef RADDLE_PYTHON_PY_ATTENTION_H
 #define RADDLE_PYTHON_PY_ATTENTION_H
 
+#include "attention/attention.h"
 #include "python/module.h"
 #include "python/tensor_arg.h"
 
@@ -25,6 +26,23 @@ PyObject *raddle_py_open_result(PyObject *given, PyObject *like, const char *nam
                                 const int64_t *shape, int ndim, raddle_dtype dtype,
                                 raddle_device device, raddle_tensor_arg *arg);
 
+/* What a run is given besides the tensors of the batch; open until raddle_py_close_args(args). */
+typedef struct raddle_py_run_extras {
+    raddle_tensor_arg args[3 + RADDLE_VARIANT_MAX_TENSORS];
+    int num_args;
+    float k_scale, v_scale;
+    const raddle_tensor *sinks, *k_scales, *v_scales;
+    const raddle_tensor *tensors[RADDLE_VARIANT_MAX_TENSORS];
+    double scalars[RADDLE_VARIANT_MAX_SCALARS];
+} raddle_py_run_extras;
+
+int raddle_py_open_run_extras(const raddle_attention_variant *variant, PyObject *sinks,
+                              PyObject *k_scale, PyObject *v_scale, PyObject *variant_args,
+                              raddle_py_run_extras *extras);
+/* None gives NULL. Borrowed from the object. */
+int raddle_py_variant_from_object(PyObject *object, const raddle_attention_variant **out_variant);
+
 int raddle_py_add_attention_functions(PyObject *module);
+int raddle_py_add_attention_variant(PyObject *module);
 
 #endif

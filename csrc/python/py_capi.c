@@ -271,6 +271,13 @@ static raddle_status attention_append_slots(const raddle_tensor *k, const raddle
     return raddle_attention_append_slots(k, v, slot_mapping, kv, stream);
 }
 
+static raddle_status attention_variant_create(const raddle_attention_variant_spec *spec,
+                                              raddle_attention_variant **out_variant) {
+    REQUIRE_GIVEN(spec);
+    REQUIRE_GIVEN(out_variant);
+    return raddle_attention_variant_create(spec, out_variant);
+}
+
 /* ------------------------------------------------------------------ the table */
 
 static const raddle_api api = {
@@ -298,6 +305,8 @@ static const raddle_api api = {
     .attention_merge_states = attention_merge_states,
     .attention_append = attention_append,
     .attention_append_slots = attention_append_slots,
+    .attention_variant_create = attention_variant_create,
+    .attention_variant_destroy = raddle_attention_variant_destroy,
 };
 
 int raddle_py_add_capi(PyObject *module) {

@@ -32,6 +32,13 @@ typedef struct raddle_attention_params {
     float *
         partial_state; /* [slots, heads_per_item, tile_rows, 2]: running max (base 2 logits), sum */
 
+    /* Variants: what is not asked for is NULL. attention_variant.h */
+    const float *sinks;      /* [num_qo_heads] */
+    const float *k_scales;   /* [num_kv_heads] */
+    const float *v_scales;   /* [num_kv_heads] */
+    const float *rope_turns; /* [head_dim_qk / 2, 2]: turns per token, high and low part */
+    const void *variant; /* the user's raddle_variant, on the CPU; on CUDA it lies behind this */
+
     int64_t q_stride_token, q_stride_head;
     int64_t k_stride_page, k_stride_token, k_stride_head;
     int64_t v_stride_page, v_stride_token, v_stride_head;
@@ -44,12 +51,16 @@ typedef struct raddle_attention_params {
     int32_t page_size;   /* 0: ragged */
     int32_t window_left; /* negative: none */
     int32_t causal;
-    float sm_scale_log2; /* sm_scale * log2(e): logits are in base 2 inside the kernels */
-    float lse_scale;     /* 1: lse in base 2; ln 2: base e */
-    int32_t check;       /* RADDLE_CHECK: report out-of-range pages through error */
-    int32_t tile_rows;   /* of the config: rows between the heads of a partial */
-    int32_t *error;      /* first offending page id and its place, when check is set */
+    float sm_scale;        /* times k_scale */
+    float sm_scale_log2;   /* the same * log2(e): logits are in base 2 inside the kernels */
+    float logits_soft_cap; /* 0: none */
+    float out_scale;       /* v_scale */
+    float lse_scale;       /* 1: lse in base 2; ln 2: base e */
+    int32_t check;         /* RADDLE_CHECK: report out-of-range pages through error */
+    int32_t tile_rows;     /* of the config: rows between the heads of a partial */
+    int32_t reserved;
+    int32_t *error; /* first offending page id and its place, when check is set */
 } raddle_attention_params;
-RADDLE_ASSERT_SIZE(raddle_attention_params, 14 * 8 + 13 * 8 + 10 * 4 + 8);
+RADDLE_ASSERT_SIZE(raddle_attention_params, 20 * 8 + 13 * 8 + 14 * 4);
 
 #endif

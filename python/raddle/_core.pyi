@@ -77,6 +77,19 @@ def alloc_live() -> int: ...
 # -- attention ----------------------------------------------------------------------------------
 
 @final
+class AttentionVariant:
+    def __new__(
+        cls,
+        name: str,
+        source: str,
+        filename: str | None,
+        no_softmax: bool,
+        tensors: tuple[tuple[str, Any, bool], ...],
+        scalars: tuple[tuple[str, Any, bool], ...],
+    ) -> Self: ...
+    @property
+    def text(self) -> str: ...
+
 class AttentionPlan:
     def __new__(cls, **spec: Any) -> Self: ...
     @property
@@ -104,6 +117,10 @@ class AttentionPlan:
         lse: _AnyTensor | None,
         return_lse: bool,
         stream: _Stream,
+        sinks: _AnyTensor | None,
+        k_scale: float | _AnyTensor | None,
+        v_scale: float | _AnyTensor | None,
+        variant_args: dict[str, Any] | None,
         /,
     ) -> Any: ...
     def schedule(self) -> tuple[Any, ...]: ...

@@ -35,13 +35,16 @@ from .kv_cache import (
     get_seq_lens,
     split_cache,
 )
+from .merge import merge_state, merge_state_in_place, merge_states
 from .schedule import Schedule
+from .variant import Variant
 
 __all__ = [
     "BatchDecode",
     "BatchPrefill",
     "BatchRaggedPrefill",
     "Schedule",
+    "Variant",
     "append_paged_kv_cache",
     "append_slots",
     "get_batch_indices_positions",
@@ -55,13 +58,38 @@ __all__ = [
 class _BatchAttention:
     """What the three classes share: a C plan, and how its arguments are spelled."""
 
-    def __init__(self, *, workspace, head_dim_vo, sm_scale, **spec):
+    def __init__(
+        self,
+        *,
+        workspace,
+        head_dim_vo,
+        sm_scale,
+        logits_soft_cap=None,
+        pos_encoding="NONE",
+        rope_scale=None,
+        rope_theta=None,
+        weights="softmax",
+        sinks=False,
+        variant=None,
+        pdl=True,
+        **spec,
+    ):
         if sm_scale == 0:
             raise ArgumentError(
                 "sm_scale: expected a positive number, or None for 1/sqrt(head_dim)"
             )
         self._plan = _core.AttentionPlan(
-            head_dim_vo=head_dim_vo or 0, sm_scale=sm_scale or 0.0, **spec
+            head_dim_vo=head_dim_vo or 0,
+            sm_scale=sm_scale or 0.0,
+            logits_soft_cap=logits_soft_cap or 0.0,
+            pos_encoding=pos_encoding,
+            rope_scale=rope_scale or 0.0,
+            rope_theta=rope_theta or 0.0,
+            weights=weights,
+            sinks=sinks,
+            variant=None if variant is None else variant.core,
+            pdl=pdl,
+            **spec,
         )
         if workspace is not None:
             self._plan.bind(workspace)
@@ -87,18 +115,36 @@ class _BatchAttention:
 
 
 class _PagedAttention(_BatchAttention):
-    def run(self, q, kv_cache, *, out=None, lse=None, return_lse=False, stream=None):
+    def run(
+        self,
+        q,
+        kv_cache,
+        *,
+        out=None,
+        lse=None,
+        return_lse=False,
+        stream=None,
+        sinks=None,
+        k_scale=None,
+        v_scale=None,
+        variant_args=None,
+    ):
         """Attention of the planned batch.
 
         q: [qo tokens, num_qo_heads, head_dim]. kv_cache: see the module. out: [qo tokens,
         num_qo_heads, head_dim_vo]; made like q when not given. lse: float32 [qo tokens,
         num_qo_heads], written when given or return_lse. Returns out, or (out, lse) with return_lse.
         Capture-safe on CUDA when out (and lse) are given or come from a capture-aware allocator.
+        sinks: float32 [num_qo_heads] of a plan made with sinks. k_scale, v_scale: what stored K and
+        V are to be multiplied with, numbers or float32 [num_kv_heads]. variant_args: what the
+        plan's variant declares, by name.
 
         Raises StateError before plan(), ShapeError, DTypeError and DeviceError for tensors that
         differ from the plan, ArgumentError for a planned page id beyond the cache."""
         k, v = split_cache(kv_cache)
-        return self._plan.run(q, k, v, out, lse, return_lse, stream)
+        return self._plan.run(
+            q, k, v, out, lse, return_lse, stream, sinks, k_scale, v_scale, variant_args
+        )
 
 
 class BatchDecode(_PagedAttention):
@@ -111,6 +157,16 @@ class BatchDecode(_PagedAttention):
     1/sqrt(head_dim). fixed_chunk > 0 (a multiple of 64 tokens) makes each request's result
     independent, bit for bit, of what else is in the batches of a plan with these arguments.
     max_ctas bounds the CTAs (CPU: threads) that run() uses.
+
+    Variants, all three classes alike. kv_dtype may be float8_e4m3fn or float8_e5m2 too (NumPy: uint8
+    arrays). logits_soft_cap c > 0: logits become c * tanh(logit / c). pos_encoding: "ROPE" rotates
+    q and the un-rotated keys of the cache in the kernel, halves of a row as pairs, the query at
+    kv_len - qo_len + i, by rope_theta^(-2t / head_dim) / rope_scale (defaults 10000 and 1); "ALIBI"
+    adds slope[head] * (key - own position), slopes as arXiv 2108.12409 has them. sinks=True: each
+    run brings one more logit per query head, which enters the sum (and the lse) alone.
+    weights="sigmoid": a weight is sigmoid(logit), nothing is divided and there is no lse. variant:
+    a raddle.Variant. They act in this order: cap, ALiBi, the variant's logit hook, masks.
+    pdl=False (CUDA): a launch does not start before its predecessor has ended.
     """
 
     def __init__(
@@ -134,6 +190,7 @@ class BatchDecode(_PagedAttention):
         max_ctas=0,
         device="cpu",
         workspace=None,
+        **variant,
     ):
         super().__init__(
             workspace=workspace,
@@ -157,6 +214,7 @@ class BatchDecode(_PagedAttention):
             fixed_chunk=fixed_chunk,
             max_ctas=max_ctas,
             device=device,
+            **variant,
         )
 
     def plan(
@@ -209,6 +267,7 @@ class BatchPrefill(_PagedAttention):
         max_ctas=0,
         device="cpu",
         workspace=None,
+        **variant,
     ):
         super().__init__(
             workspace=workspace,
@@ -232,6 +291,7 @@ class BatchPrefill(_PagedAttention):
             fixed_chunk=fixed_chunk,
             max_ctas=max_ctas,
             device=device,
+            **variant,
         )
 
     def plan(
@@ -281,6 +341,7 @@ class BatchRaggedPrefill(_BatchAttention):
         max_ctas=0,
         device="cpu",
         workspace=None,
+        **variant,
     ):
         super().__init__(
             workspace=workspace,
@@ -304,44 +365,36 @@ class BatchRaggedPrefill(_BatchAttention):
             fixed_chunk=fixed_chunk,
             max_ctas=max_ctas,
             device=device,
+            **variant,
         )
 
     def plan(self, qo_indptr, kv_indptr, *, stream=None):
         """Schedule a batch: [batch + 1] offsets of each request's rows in q, and in k and v."""
         self._plan.update(qo_indptr, kv_indptr, None, None, None, None, stream)
 
-    def run(self, q, k, v, *, out=None, lse=None, return_lse=False, stream=None):
+    def run(
+        self,
+        q,
+        k,
+        v,
+        *,
+        out=None,
+        lse=None,
+        return_lse=False,
+        stream=None,
+        sinks=None,
+        k_scale=None,
+        v_scale=None,
+        variant_args=None,
+    ):
         """Attention of the planned batch; k and v: [kv tokens, num_kv_heads, head_dim], "HND":
-        heads first."""
-        return self._plan.run(q, k, v, out, lse, return_lse, stream)
+        heads first. The rest as in BatchDecode.run."""
+        return self._plan.run(
+            q, k, v, out, lse, return_lse, stream, sinks, k_scale, v_scale, variant_args
+        )
 
 
 def _positive_page_size(page_size):
     if page_size < 1:
         raise ArgumentError(f"page_size: expected at least 1 token, got {page_size}")
     return page_size
-
-
-def merge_state(v_a, s_a, v_b, s_b, *, v_out=None, s_out=None, lse_base="2", stream=None):
-    """Join two attentions of the same queries over disjoint keys; returns (v, s).
-
-    v: [n, heads, dim]; s: float32 log-sum-exp [n, heads] in lse_base. Two empty states give 0 and
-    -inf.
-    """
-    return _core.attention_merge_state(v_a, s_a, v_b, s_b, None, v_out, s_out, lse_base, stream)
-
-
-def merge_state_in_place(v, s, v_other, s_other, *, mask=None, lse_base="2", stream=None):
-    """Join (v_other, s_other) into (v, s).
-
-    mask: bool or uint8 [n]; rows where it is 0 stay as they are.
-    """
-    _core.attention_merge_state(v, s, v_other, s_other, mask, v, s, lse_base, stream)
-
-
-def merge_states(v, s, *, v_out=None, s_out=None, lse_base="2", stream=None):
-    """Join many attentions of the same queries; returns (v, s).
-
-    v: [n, states, heads, dim], s: float32 [n, states, heads] -> [n, heads, dim], [n, heads].
-    """
-    return _core.attention_merge_states(v, s, v_out, s_out, lse_base, stream)
