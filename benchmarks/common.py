@@ -20,12 +20,14 @@ SETTLE_SECONDS = 0.02  # OpenMP's threads spin for some milliseconds after a cal
 WARM_SECONDS = 0.02  # and take some to find a core each when they are woken
 
 
-def parse_args(description, argv=None):
-    """The arguments that all benches take."""
+def parse_args(description, argv=None, extend=None):
+    """The arguments that all benches take; extend(parser) adds a bench's own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="few shapes, few repetitions")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
+    if extend:
+        extend(parser)
     args = parser.parse_args(argv)
     args.repeat = 7 if args.quick else 21
     return args
@@ -54,9 +56,15 @@ def time_cpu(functions, repeat):
 
 def time_cuda(functions, repeat, calls=10):
     """As time_cpu on a GPU: each side is captured in a CUDA graph of at least `calls` calls over
-    its closures."""
+    its closures.
+
+    A read that is not timed runs ahead of each replay: the host queues the replay behind it, so
+    that the launch of the graph is not in the times of its calls.
+    """
     import torch
 
+    (ahead,) = reading("cuda", ROTATE_BYTES["cuda"])
+    torch.cuda.synchronize()  # what the closures use may still be on its way on another stream
     graphs = []
     stream = torch.cuda.Stream()
     for side in functions:
@@ -74,6 +82,7 @@ def time_cuda(functions, repeat, calls=10):
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(repeat + 1):
         for (graph, count), samples in zip(graphs, times):
+            ahead()
             start.record()
             graph.replay()
             stop.record()
@@ -137,7 +146,7 @@ def describe(device):
     except (OSError, StopIteration):
         pass
     facts["cpu_threads"] = len(os.sched_getaffinity(0))
-    for name in ("raddle", "numpy", "torch", "transformers"):
+    for name in ("raddle", "numpy", "torch", "transformers", "flashinfer"):
         module = sys.modules.get(name)
         if module is not None:
             facts["versions"][name] = module.__version__
@@ -147,6 +156,7 @@ def describe(device):
 
         facts["device"] = torch.cuda.get_device_name()
         facts["versions"]["cuda"] = torch.version.cuda
+        facts["versions"]["cudnn"] = torch.backends.cudnn.version()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             facts["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -164,20 +174,34 @@ def describe(device):
 
 
 class Report:
-    """Collects rows, prints them as they come, writes the JSON at the end."""
+    """Collects rows, prints them as they come, writes the JSON at the end.
+
+    sections: what a bench writes beside its rows, by name.
+    """
 
     def __init__(self, bench, args, ceilings):
         self.bench, self.args = bench, args
         self.ceilings = ceilings
         self.rows = []
+        self.sections = {}
         for name, number in ceilings.items():
             print(f"ceiling {name}: {number:.1f}")
         print(f"{'case':44} {'ours us':>10} {'peer us':>10} {'ratio':>6} {'% ceiling':>9}  peer")
 
     def add(
-        self, case, ours_us, peer=None, peer_us=None, *, num_bytes=None, flops=None, ceiling=None
+        self,
+        case,
+        ours_us,
+        peer=None,
+        peer_us=None,
+        *,
+        num_bytes=None,
+        flops=None,
+        ceiling=None,
+        **facts,
     ):
-        """One row. ceiling: GB/s when bytes decide, TFLOP/s when flops do."""
+        """One row. ceiling: GB/s when bytes decide, TFLOP/s when flops do. facts: written to the
+        JSON only."""
         percent = None
         if ceiling and num_bytes and not flops:
             percent = 100 * num_bytes / ours_us / 1e3 / ceiling
@@ -194,6 +218,7 @@ class Report:
                 "bytes": num_bytes,
                 "flops": flops,
                 "percent_of_ceiling": percent,
+                **facts,
             }
         )
 
@@ -215,6 +240,7 @@ class Report:
             **describe(self.args.device),
             "ceilings": self.ceilings,
             "rows": self.rows,
+            **self.sections,
         }
         with open(self.args.json, "w") as file:
             json.dump(result, file, indent=1)
