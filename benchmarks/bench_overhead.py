@@ -1,8 +1,9 @@
 """Host costs: run(), plan(), the tensor doors, import, a cold kernel compile and a warm module
-load.
+load, of a built-in kernel and of a user's variant.
 
 Host time only: on a GPU run() is timed without waiting for the device, one short batch at a time.
-Needs: torch for its rows; a GPU for --device cuda."""
+FlashInfer is the peer of plan() and run() on a GPU where it can be imported; build its kernels
+first (bench_decode.py --warm-peers). Needs: torch for its rows; a GPU for --device cuda."""
 
 import dataclasses
 import os
@@ -14,6 +15,7 @@ import time
 import typing
 
 import common
+import flashinfer_peer
 import numpy as np
 import raddle
 from raddle import _core
@@ -87,7 +89,15 @@ def plan_rows(args):
     for batch in (1, 64, 256, 1024):
         plan, table = make_plan(batch, args.device)
         case = f"plan() from host arrays, B{batch} x 64 pages"
-        yield Row(case, lambda p=plan, t=table: p.plan(*t), 3)
+        peer, peer_plan, _ = flashinfer_calls(args, batch, 64)
+        yield Row(case, lambda p=plan, t=table: p.plan(*t), 3, peer=peer, peer_call=peer_plan)
+
+
+def flashinfer_calls(args, batch, pages_each):
+    """(name, plan, run) of the peer, None where there is none."""
+    if args.device == "cpu" or flashinfer_peer.load() is None:
+        return None, None, None
+    return flashinfer_peer.NAMES["cc"], *flashinfer_peer.host_calls(batch, pages_each, HEADS)
 
 
 def run_rows(args):
@@ -112,6 +122,22 @@ def run_rows(args):
         peer_call=lambda: torch.add(one, 1, out=one),
     )
     yield Row("run() with torch tensors, result made", lambda: plan.run(q, cache), 200)
+    if args.device == "cuda":
+        yield from (batch_run_row(args, batch) for batch in (1, 64))
+
+
+def batch_run_row(args, batch):
+    """run() of a batch of short requests beside FlashInfer's."""
+    import torch
+
+    plan, table = make_plan(batch, args.device, pages_each=1)
+    plan.plan(*table)
+    q = torch.zeros(batch, 32, 128, dtype=torch.bfloat16, device=args.device)
+    cache = torch.zeros(batch, 2, 16, 8, 128, dtype=torch.bfloat16, device=args.device)
+    out = torch.empty_like(q)
+    peer, _, peer_run = flashinfer_calls(args, batch, 1)
+    case = f"run() with torch tensors and out, B{batch}"
+    return Row(case, lambda: plan.run(q, cache, out=out), 200, peer=peer, peer_call=peer_run)
 
 
 def door_rows():
@@ -157,24 +183,34 @@ import raddle
 from raddle.attention import BatchDecode
 raddle.empty((1,), device="cuda")
 start = time.perf_counter()
+{}
 BatchDecode(
     num_qo_heads=32, num_kv_heads=8, head_dim=128, page_size=16, max_batch=4, max_pages=9,
-    device="cuda",
+    device="cuda", variant=variant,
 )
 print((time.perf_counter() - start) * 1e6)
+"""
+VARIANT = """
+variant = raddle.Variant("distance_bias", '''
+float raddle_variant_logit(const raddle_variant *v, const raddle_row *row, int32_t kv_index,
+                           float logit) {
+    return logit - v->slope * (float)(row->kv_len - 1 - kv_index);
+}''', scalars=("slope",))
 """
 
 
 def bench_compile(report):
-    cases = ("first plan, cold kernel compile", "first plan of a second process, disk cache")
-    samples = [[], []]
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            for times in samples:
-                # NVRTC has a cache of its own since CUDA 12.9; without it the first is truly cold.
-                times.append(print_of(COMPILE, RADDLE_CACHE_DIR=folder, CUDA_CACHE_DISABLE="1"))
-    for case, times in zip(cases, samples):
-        report.add(case, statistics.median(times))
+    cases = ("cold kernel compile", "second process, disk cache")
+    for what, variant in (("first plan", "variant = None"), ("first plan of a variant", VARIANT)):
+        samples = [[], []]
+        code = COMPILE.format(variant)
+        for _ in range(3):
+            with tempfile.TemporaryDirectory() as folder:
+                for times in samples:
+                    # NVRTC has a cache of its own since CUDA 12.9; without it the first is cold.
+                    times.append(print_of(code, RADDLE_CACHE_DIR=folder, CUDA_CACHE_DISABLE="1"))
+        for case, times in zip(cases, samples):
+            report.add(f"{what}, {case}", statistics.median(times))
 
 
 def main():
