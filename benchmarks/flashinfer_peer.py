@@ -1,13 +1,15 @@
 """FlashInfer as a peer: its wrappers planned for a decode case, and its kernels built ahead.
 
 Optional: load() says why it cannot be used. Its kernels are compiled by nvcc when first planned, 20
-to 90 s each, so warm() plans a tiny case of each in processes of their own, all at once."""
+to 90 s each. Run as a program (raddle need not be built yet), or by bench_decode.py --warm-peers,
+this plans a tiny case of each in processes of their own, all at once."""
 
 import functools
 import importlib
 import subprocess
 import sys
 import time
+import types
 
 import decode_cases
 import numpy as np
@@ -62,22 +64,24 @@ def calls(case, data, mode):
     qo_indptr = torch.as_tensor(case.qo_indptr())
     indices = indices.cuda()
     shape = (case.heads, case.kv_heads, case.dim)
-    types = dict(q_data_type=getattr(torch, case.dtype), kv_data_type=getattr(torch, case.kv_dtype))
+    dtypes = dict(
+        q_data_type=getattr(torch, case.dtype), kv_data_type=getattr(torch, case.kv_dtype)
+    )
     q, out = data.q, data.out
     if mode == "ba":
         wrapper = load().BatchAttention("NHD")
         lens = torch.tensor(case.lens, dtype=torch.int32).cuda()
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
         table = (qo_indptr.cuda(), indptr.cuda(), indices, lens)
-        wrapper.plan(*table, *shape, case.dim, case.page, causal=True, **types)
+        wrapper.plan(*table, *shape, case.dim, case.page, causal=True, **dtypes)
         return [lambda c=c: wrapper.run(q, c, out=out, lse=lse) for c in data.caches]
     if case.qo_len == 1:
         wrapper = decode_wrapper(mode)
-        wrapper.plan(indptr, indices, last, *shape, case.page, **types)
+        wrapper.plan(indptr, indices, last, *shape, case.page, **dtypes)
     else:
         wrapper = load().BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", backend="fa2")
         table = (qo_indptr.cuda(), indptr.cuda(), indices, last.cuda())
-        wrapper.plan(*table, *shape, case.page, causal=True, **types)
+        wrapper.plan(*table, *shape, case.page, causal=True, **dtypes)
     return [lambda c=c: wrapper.run(q, c, out=out) for c in data.caches]
 
 
@@ -102,10 +106,10 @@ def host_calls(batch, pages_each, heads):
     q = torch.zeros(batch, heads["num_qo_heads"], heads["head_dim"], device="cuda").bfloat16()
     cache = torch.zeros(pages, 2, 16, heads["num_kv_heads"], heads["head_dim"], device="cuda")
     cache, out = cache.bfloat16(), torch.empty_like(q)
-    types = dict(q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
+    dtypes = dict(q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
 
     def plan():
-        wrapper.plan(indptr, indices, last, *heads.values(), 16, **types)
+        wrapper.plan(indptr, indices, last, *heads.values(), 16, **dtypes)
 
     plan()
     return plan, lambda: wrapper.run(q, cache, out=out)
@@ -114,11 +118,15 @@ def host_calls(batch, pages_each, heads):
 def build(kernel):
     """Compile one of KERNELS by planning and running a tiny case."""
     import torch
-    from decode_sides import Data
 
     mode, kv_dtype = KERNELS[kernel]
     case = decode_cases.equal(2, 64, kv_dtype=kv_dtype)
-    calls(case, Data(case, "cuda"), mode)[0]()
+    q = torch.zeros(case.batch, case.heads, case.dim, dtype=torch.bfloat16, device="cuda")
+    cache = torch.zeros(case.cache_shape, device="cuda").to(getattr(torch, kv_dtype))
+    data = types.SimpleNamespace(
+        q=q, out=torch.empty_like(q), caches=[cache], table=case.page_table()
+    )
+    calls(case, data, mode)[0]()
     torch.cuda.synchronize()
 
 
@@ -139,4 +147,4 @@ def warm():
 
 
 if __name__ == "__main__":
-    build(sys.argv[1])
+    sys.exit(build(sys.argv[1]) if sys.argv[1:] else warm())
