@@ -20,6 +20,7 @@ enum {
     DECODE_REGISTERS = 200,
     DECODE_REGISTERS_TWO_CTAS = 90,
     DECODE_REGISTERS_ONE_STAGE = 196,
+    DECODE_UNPACK_REGISTERS = 16, /* a chunk of two tokens as f16; what a hook works on */
     DECODE_MAX_ROW_TILES = 2,
 
     /* Narrow items merge in parallel: 1 x 2048 takes 9.5 us with 1 head per item, 11.2 with 2; 16 x
@@ -44,7 +45,38 @@ enum {
 /* ---------------------------------------------------------------- config lines */
 
 static const char *type_name(raddle_dtype dtype) {
-    return dtype == RADDLE_BF16 ? "bf16" : dtype == RADDLE_F16 ? "f16" : "f32";
+    switch (dtype) {
+    case RADDLE_BF16:
+        return "bf16";
+    case RADDLE_F16:
+        return "f16";
+    case RADDLE_F8_E4M3:
+        return "e4m3";
+    case RADDLE_F8_E5M2:
+        return "e5m2";
+    default:
+        return "f32";
+    }
+}
+
+static bool is_fp8(const raddle_attention_config *config) {
+    return raddle_dtype_bytes(config->kv_dtype) == 1;
+}
+
+/* Whether elements of q and K are looked at in pairs, half a row apart. */
+static bool has_pairs(const raddle_attention_config *config) {
+    return config->has_rope || (config->hooks & (RADDLE_HOOK_QUERY | RADDLE_HOOK_KEY)) != 0;
+}
+
+/* Whether each logit is looked at, and not only the largest. */
+static bool each_logit(const raddle_attention_config *config) {
+    return config->has_soft_cap || config->has_alibi || config->no_softmax ||
+           (config->hooks & (RADDLE_HOOK_LOGIT | RADDLE_HOOK_MASK)) != 0;
+}
+
+/* What K needs on its way to the multiply is done in registers, which only decode has it in. */
+static bool only_decode(const raddle_attention_config *config) {
+    return is_fp8(config) || has_pairs(config);
 }
 
 static void define(char *config, const char *name, const char *value) {
@@ -61,39 +93,56 @@ static void define_int(char *config, const char *name, int32_t value) {
 
 static void define_common(const raddle_attention_config *config, raddle_attention_choice *choice) {
     choice->config[0] = '\0';
+    define(choice->config, "Q_TYPE", type_name(config->q_dtype));
     define(choice->config, "KV_TYPE", type_name(config->kv_dtype));
     define(choice->config, "OUT_TYPE", type_name(config->o_dtype));
     define_int(choice->config, "HEAD_DIM_QK", config->head_dim_qk);
     define_int(choice->config, "HEAD_DIM_VO", config->head_dim_vo);
     define_int(choice->config, "CTAS_PER_SM", choice->ctas_per_sm);
+    define_int(choice->config, "SOFT_CAP", config->has_soft_cap);
+    define_int(choice->config, "ALIBI", config->has_alibi);
+    define_int(choice->config, "ROPE", config->has_rope);
+    define_int(choice->config, "SINKS", config->has_sinks);
+    define_int(choice->config, "SIGMOID", config->has_sigmoid);
+    define_int(choice->config, "NO_SOFTMAX", config->no_softmax);
 }
 
 /* ---------------------------------------------------------------- decode */
 
 typedef struct decode_shape {
     int32_t row_tiles, stages, ctas_per_sm;
+    int32_t q_quads; /* of 16 bytes, per lane and row tile */
     bool q_in_shared;
 } decode_shape;
 
-/* False when the rows do not fit in registers. */
+/* Registers of a lane: what attention_decode_tile.cuh declares. False when the rows do not fit. */
 static bool shape_decode(const raddle_attention_config *config, int32_t rows, decode_shape *shape) {
-    const int32_t k_chunks = (config->head_dim_qk + 31) / 32;
-    const int32_t v_chunks = (config->head_dim_vo + 63) / 64;
+    const int32_t elements = 16 / (int32_t)raddle_dtype_bytes(config->kv_dtype);
+    const int32_t together = has_pairs(config) ? 2 : 1;
+    const int32_t k_chunks = (config->head_dim_qk / elements / together + 3) / 4 * together;
+    const int32_t v_chunks = (config->head_dim_vo + 8 * elements - 1) / (8 * elements);
     shape->row_tiles = (rows + RADDLE_DECODE_ROWS - 1) / RADDLE_DECODE_ROWS;
+    shape->q_quads = k_chunks * elements / 8;
     const int32_t tile = 8 * k_chunks + 16 * v_chunks;
-    const int32_t out = 16 * v_chunks * shape->row_tiles;
-    const int32_t q = 4 * k_chunks * shape->row_tiles;
+    const int32_t out = 2 * elements * v_chunks * shape->row_tiles;
+    const int32_t q = 4 * shape->q_quads * shape->row_tiles;
+    const int32_t unpacked = is_fp8(config) || each_logit(config) ? DECODE_UNPACK_REGISTERS : 0;
     shape->ctas_per_sm = 1;
     shape->q_in_shared = false;
-    if (2 * tile + out + q <= DECODE_REGISTERS) {
+    if (is_fp8(config) && 4 * tile + out + q + unpacked <= DECODE_REGISTERS) {
+        shape->stages = 4;
+        return true;
+    }
+    if (2 * tile + out + q + unpacked <= DECODE_REGISTERS) {
         shape->stages = 2;
         const bool is_small = 2 * tile + out + q <= DECODE_REGISTERS_TWO_CTAS;
-        shape->ctas_per_sm = is_small && shape->row_tiles == 1 ? 2 : 1;
+        const bool is_plain = !only_decode(config) && !each_logit(config);
+        shape->ctas_per_sm = is_small && is_plain && shape->row_tiles == 1 ? 2 : 1;
         return true;
     }
     shape->stages = 1;
-    shape->q_in_shared = tile + out + q > DECODE_REGISTERS_ONE_STAGE;
-    return tile + out <= DECODE_REGISTERS_ONE_STAGE;
+    shape->q_in_shared = tile + out + q + unpacked > DECODE_REGISTERS_ONE_STAGE;
+    return tile + out + unpacked <= DECODE_REGISTERS_ONE_STAGE;
 }
 
 /* Rows of one tile when a request has `rows`; 0 when the prefill kernel should take them. */
@@ -101,7 +150,7 @@ static int32_t decode_tile_rows(const raddle_attention_config *config, int64_t r
                                 decode_shape *shape) {
     for (int32_t most = 2 * RADDLE_DECODE_ROWS; most > 0; most -= RADDLE_DECODE_ROWS) {
         const int64_t tiles = (rows + most - 1) / most;
-        if (tiles <= DECODE_MAX_ROW_TILES) {
+        if (tiles <= DECODE_MAX_ROW_TILES || only_decode(config)) {
             const int32_t tile_rows = (int32_t)((rows + tiles - 1) / tiles);
             if (shape_decode(config, tile_rows, shape)) {
                 return tile_rows;
@@ -130,9 +179,9 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
         return false;
     }
     const int32_t heads = choose_heads_per_item(spec, config);
-    const int32_t shared = raddle_decode_shared_bytes(
-        tile_rows, shape.row_tiles, config->head_dim_qk, config->head_dim_vo, heads,
-        shape.q_in_shared, spec->fixed_chunk > 0);
+    const int32_t shared =
+        raddle_decode_shared_bytes(tile_rows, shape.row_tiles, shape.q_quads, config->head_dim_vo,
+                                   heads, shape.q_in_shared, spec->fixed_chunk > 0);
     if (shared + DECODE_STATIC_BYTES > machine->shared_bytes) {
         return false;
     }
@@ -167,8 +216,9 @@ enum { NUM_PREFILL_FORMS = sizeof(prefill_forms) / sizeof(prefill_forms[0]) };
 /* Whether the outputs of the rows leave registers for the rest (compiled for sm_80 and sm_90a
  * without a spill; 128 is the common head_dim, its neighbours spill a few bytes). */
 static bool has_registers_for(const raddle_attention_config *config, int32_t tile_rows) {
-    return tile_rows == 64 || config->head_dim_vo <= 96 ||
-           (config->head_dim_vo == 128 && config->head_dim_qk == 128);
+    return tile_rows == 64 ||
+           (each_logit(config) ? config->head_dim_vo <= 64 : config->head_dim_vo <= 96) ||
+           (config->head_dim_vo == 128 && config->head_dim_qk == 128 && !each_logit(config));
 }
 
 static int32_t prefill_shared_bytes(const raddle_attention_spec *spec,
@@ -222,19 +272,25 @@ static void add_reason(char *reasons, size_t bytes, const char *reason) {
 
 static raddle_status check_support(const raddle_attention_config *config,
                                    const raddle_attention_machine *machine) {
-    char reasons[256] = "", text[96];
+    char reasons[384] = "", text[128];
     if (config->q_dtype != RADDLE_F16 && config->q_dtype != RADDLE_BF16) {
         snprintf(text, sizeof(text), "q is %s, expected float16 or bfloat16",
                  raddle_dtype_name(config->q_dtype));
         add_reason(reasons, sizeof(reasons), text);
     }
-    if (config->has_soft_cap || config->has_rope || config->has_alibi || config->has_sinks ||
-        config->no_softmax || config->hooks != 0) {
-        add_reason(reasons, sizeof(reasons), "variants are not there yet");
-    }
-    if (config->q_dtype != config->kv_dtype) {
-        snprintf(text, sizeof(text), "K and V are %s, expected the dtype of q, %s",
+    const int32_t elements = 16 / (int32_t)raddle_dtype_bytes(config->kv_dtype);
+    if (config->q_dtype != config->kv_dtype && !is_fp8(config)) {
+        snprintf(text, sizeof(text), "K and V are %s, expected float8 or the dtype of q, %s",
                  raddle_dtype_name(config->kv_dtype), raddle_dtype_name(config->q_dtype));
+        add_reason(reasons, sizeof(reasons), text);
+    }
+    if (config->head_dim_qk % (elements * (has_pairs(config) ? 2 : 1)) != 0 ||
+        config->head_dim_vo % elements != 0) {
+        snprintf(text, sizeof(text), "head_dim is %d and %d, expected a multiple of %d and %d%s%s",
+                 (int)config->head_dim_qk, (int)config->head_dim_vo,
+                 (int)(elements * (has_pairs(config) ? 2 : 1)), (int)elements,
+                 is_fp8(config) ? " for float8 K/V" : "",
+                 has_pairs(config) ? " for pairs of elements" : "");
         add_reason(reasons, sizeof(reasons), text);
     }
     if (machine->arch < 80) {

@@ -6,7 +6,7 @@
 
 #include "attention/attention.h"
 
-enum { RADDLE_ATTENTION_CONFIG_BYTES = 512 };
+enum { RADDLE_ATTENTION_CONFIG_BYTES = 768 };
 
 /* What the choice depends on besides the spec. */
 typedef struct raddle_attention_machine {

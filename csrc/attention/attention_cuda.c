@@ -6,6 +6,7 @@
  */
 #include "attention/attention.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "attention/attention_choice.h"
@@ -56,6 +57,28 @@ static raddle_status count_workers(const cuda_plan_state *state,
     return RADDLE_OK;
 }
 
+/* The choice's kernel, with the variant's text before it. */
+static raddle_status get_kernel(const raddle_attention_plan *plan, const cuda_plan_state *state,
+                                const raddle_attention_choice *choice,
+                                const raddle_kernel **out_kernel) {
+    static const char include[] = "#include \"attention/attention_variant.h\"\n";
+    const unsigned shared_bytes = (unsigned)choice->shared_bytes;
+    if (plan->variant == NULL) {
+        return raddle_kernel_get(state->device, choice->kernel, choice->config, shared_bytes,
+                                 out_kernel);
+    }
+    const size_t bytes = strlen(choice->config) + sizeof(include) + strlen(plan->variant->text) + 1;
+    char *config = raddle_alloc(bytes);
+    if (config == NULL) {
+        return raddle_fail_memory(bytes);
+    }
+    snprintf(config, bytes, "%s%s%s", choice->config, include, plan->variant->text);
+    const raddle_status status =
+        raddle_kernel_get(state->device, choice->kernel, config, shared_bytes, out_kernel);
+    raddle_free(config);
+    return status;
+}
+
 static raddle_status prepare_kernel(raddle_attention_plan *plan, cuda_plan_state *state) {
     const raddle_attention_machine machine = {
         .arch = state->device->arch,
@@ -65,8 +88,7 @@ static raddle_status prepare_kernel(raddle_attention_plan *plan, cuda_plan_state
     raddle_attention_config *config = &plan->config;
     raddle_attention_choice choice;
     RADDLE_TRY(raddle_attention_choose(&plan->spec, config, &machine, &choice));
-    RADDLE_TRY(raddle_kernel_get(state->device, choice.kernel, choice.config,
-                                 (unsigned)choice.shared_bytes, &state->kernel));
+    RADDLE_TRY(get_kernel(plan, state, &choice, &state->kernel));
     RADDLE_TRY(count_workers(state, &choice, plan->spec.max_ctas, &config->num_workers));
     config->tile_rows = choice.tile_rows;
     config->tile_kv = choice.tile_kv;
@@ -77,7 +99,7 @@ static raddle_status prepare_kernel(raddle_attention_plan *plan, cuda_plan_state
         .grid = {(unsigned)config->num_workers, 1, 1},
         .block = {(unsigned)choice.block_threads, 1, 1},
         .shared_bytes = (unsigned)choice.shared_bytes,
-        .programmatic_launch = state->device->arch >= 90,
+        .programmatic_launch = state->device->arch >= 90 && !plan->spec.no_pdl,
     };
     return RADDLE_OK;
 }

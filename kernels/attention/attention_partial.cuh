@@ -1,9 +1,9 @@
-/* attention_partial.cuh - what the attention kernels share: where a packed row lies, results,
- * partials and their merge.
+/* attention_partial.cuh - what the attention kernels share: results, partials and their merge.
  */
 #ifndef RADDLE_ATTENTION_PARTIAL_CUH
 #define RADDLE_ATTENTION_PARTIAL_CUH
 
+#include "attention/attention_hooks.cuh"
 #include "attention/attention_params.h"
 #include "common/copy.cuh"
 #include "common/softmax.cuh"
@@ -11,50 +11,23 @@
 
 namespace raddle {
 
-/* Row `row` of a request and K/V head: its query token and query head. */
-struct row_place {
-    int64_t token;
-    int64_t head;
-};
-
-__device__ __forceinline__ row_place place_of_row(const raddle_attention_params &p,
-                                                  int32_t qo_begin, int32_t kv_head, int32_t row) {
-    const unsigned group = (unsigned)p.group_size;
-    const unsigned token = (unsigned)row / group;
-    return row_place{qo_begin + (int64_t)token,
-                     kv_head * (int64_t)group + ((unsigned)row - token * group)};
-}
-
-/* Keys that query token `token` of its request sees: [begin, end), within what the item sees. */
-struct key_range {
-    int32_t begin, end;
-};
-
-__device__ __forceinline__ key_range keys_of_token(const raddle_attention_params &p, int32_t qo_len,
-                                                   int32_t kv_len, int32_t token) {
-    const int32_t own = kv_len - qo_len + token;
-    return key_range{p.window_left >= 0 && own > p.window_left ? own - p.window_left : 0,
-                     p.causal ? min(own + 1, kv_len) : kv_len};
-}
-
 /* Four neighbouring outputs of one row; the thread with the first of them writes the lse too. */
 template <typename out_type>
 __device__ __forceinline__ void write_result(const raddle_attention_params &p,
-                                             const row_place &place, int32_t dim,
-                                             const float (&acc)[4], const softmax_state &state) {
-    const bool empty = state.sum == 0.0f; /* sees nothing: exactly 0 */
-    const float inverse = reciprocal_fast(state.sum);
+                                             const raddle_row &row, int32_t dim,
+                                             const float (&acc)[4], softmax_state state) {
+    const float factor = finish_row(p, row, state);
     float x[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        x[i] = empty ? 0.0f : acc[i] * inverse;
+        /* A row that sees nothing is exactly 0, whatever the sums hold. */
+        x[i] = finish_output(p, row, dim + i, factor == 0.0f ? 0.0f : acc[i] * factor);
     }
     out_type *out =
-        (out_type *)p.out + place.token * p.out_stride_token + place.head * p.out_stride_head + dim;
+        (out_type *)p.out + row.token * p.out_stride_token + row.qo_head * p.out_stride_head + dim;
     store4<out_type>(out, x);
-    if (dim == 0 && p.lse) {
-        p.lse[place.token * p.lse_stride_token + place.head * p.lse_stride_head] =
-            empty ? negative_infinity() : (state.max + log2f(state.sum)) * p.lse_scale;
+    if (dim == 0) {
+        write_lse(p, row, state);
     }
 }
 
@@ -87,7 +60,7 @@ template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, i
 __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
                                             const raddle_attention_merge &merge, int32_t total) {
     constexpr int QUADS = HEAD_DIM_VO / 4;
-    const int32_t qo_begin = p.requests[merge.request].qo_begin;
+    const raddle_attention_request request = p.requests[merge.request];
     const unsigned rows = (unsigned)(merge.row_end - merge.row_begin);
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < total; i += OUTPUTS * THREADS) {
@@ -135,9 +108,9 @@ __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
             const int32_t at = i + o * THREADS;
             if (at < total) {
                 const unsigned row = (unsigned)(at / QUADS);
-                const row_place place =
-                    place_of_row(p, qo_begin, merge.head + (int32_t)(row / rows),
-                                 merge.row_begin + (int32_t)(row % rows));
+                const raddle_row place =
+                    row_of(p, request, merge.request, merge.head + (int32_t)(row / rows),
+                           merge.row_begin + (int32_t)(row % rows));
                 write_result<out_type>(p, place, 4 * (at % QUADS), acc[o], state[o]);
             }
         }

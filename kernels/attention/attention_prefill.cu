@@ -18,6 +18,7 @@
  * Bound     flops. Causal 16384 tokens, 32/8 heads, head_dim 128: 2.2 TFLOP; mma.sync on an H100
  *           ends near 370 of its 990 TFLOP/s.
  */
+#include "attention/attention_hooks.cuh"
 #include "attention/attention_params.h"
 #include "attention/attention_partial.cuh"
 #include "attention/attention_shared.h"
@@ -49,6 +50,7 @@ constexpr int QK_ROW = raddle_prefill_row_bytes(HEAD_DIM_QK);
 constexpr int VO_ROW = raddle_prefill_row_bytes(HEAD_DIM_VO);
 constexpr int MERGE_IN_FLIGHT = 8;
 
+static_assert(!PAIRS, "K goes from global to shared memory as it is");
 static_assert(TILE_ROWS % (16 * WARPS) == 0, "a warp has whole mma tiles of rows");
 static_assert(HEAD_DIM_QK % 8 == 0 && HEAD_DIM_VO % 8 == 0, "rows are copied in chunks of 8");
 static_assert(STAGES == 1 || STAGES == 2, "the row addresses have two buffers");
@@ -248,7 +250,7 @@ __device__ __forceinline__ void clear(accumulator &acc) {
         }
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            acc.max[r][c] = LOGIT_FLOOR;
+            acc.max[r][c] = NO_SOFTMAX ? 0.0f : LOGIT_FLOOR;
             acc.sum[r][c] = 0.0f;
         }
     }
@@ -313,6 +315,61 @@ __device__ __forceinline__ void mask_scores(const raddle_attention_params &p, in
                     const bool seen = there && token >= begin && token < end;
                     s[r][n][2 * c + e] = seen ? s[r][n][2 * c + e] : negative_infinity();
                 }
+            }
+        }
+    }
+}
+
+/* By what stored K of the head is to be multiplied with. */
+__device__ __forceinline__ void scale_scores(float k_scale, scores &s) {
+#pragma unroll
+    for (int x = 0; x < ROW_TILES * TOKEN_TILES * 4; x++) {
+        s[x / (TOKEN_TILES * 4)][x / 4 % TOKEN_TILES][x % 4] *= k_scale;
+    }
+}
+
+/* The same where every logit is looked at: scores become logits in base 2, or weights. What a row
+ * does not see is -inf, and no hook hears of it. */
+__device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
+                                              int32_t segment_index, int32_t base, uint64_t valid,
+                                              scores &s) {
+    const raddle_attention_segment &segment = p.segments[segment_index];
+    const raddle_attention_request &request = p.requests[segment.request];
+    const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const int32_t number = segment.row_begin + row0 + 16 * r + 8 * c;
+            const raddle_row row = row_of(p, request, segment.request, segment.head, number);
+            const key_range keys = keys_of_token(p, request.qo_len, request.kv_len, row.qo_index);
+#pragma unroll
+            for (int n = 0; n < TOKEN_TILES; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int32_t token = base + 8 * n + j2 + e;
+                    float x = s[r][n][2 * c + e] * p.sm_scale;
+                    const bool seen = (valid >> (8 * n + j2 + e) & 1) && number < segment.row_end &&
+                                      token >= keys.begin && token < keys.end &&
+                                      finish_logit(p, row, token, x);
+                    s[r][n][2 * c + e] = seen ? x : negative_infinity();
+                }
+            }
+        }
+    }
+}
+
+/* Without a softmax: weights as they are, the sum counts the keys. */
+__device__ __forceinline__ void count_weights(scores &s, accumulator &acc) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; n++) {
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                const bool seen = s[r][n][x] != negative_infinity();
+                acc.sum[r][x / 2] += seen ? 1.0f : 0.0f;
+                s[r][n][x] = seen ? s[r][n][x] : 0.0f;
             }
         }
     }
@@ -456,34 +513,34 @@ __device__ __forceinline__ void fold_chunk(const shared_map &m, bool first, accu
 __device__ __forceinline__ void write_results(const raddle_attention_params &p,
                                               const raddle_attention_segment &segment, bool folded,
                                               const accumulator &acc) {
-    const int32_t qo_begin = p.requests[segment.request].qo_begin;
+    const raddle_attention_request &request = p.requests[segment.request];
     const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const softmax_state whole = row_state(acc, r, c);
-            const softmax_state state =
-                folded ? softmax_state{acc.max[r][c], acc.sum[r][c]} : whole;
+            softmax_state state = folded ? softmax_state{acc.max[r][c], acc.sum[r][c]} : whole;
             const int32_t row = segment.row_begin + row0 + 16 * r + 8 * c;
             if (row >= segment.row_end) {
                 continue;
             }
-            const row_place place = place_of_row(p, qo_begin, segment.head, row);
-            const bool empty = state.sum == 0.0f; /* sees nothing: exactly 0 */
-            const float inverse = empty ? 0.0f : reciprocal_fast(state.sum);
+            const raddle_row place = row_of(p, request, segment.request, segment.head, row);
+            const float factor = finish_row(p, place, state);
+            const bool empty = factor == 0.0f; /* sees nothing: exactly 0 */
             out_type *out = (out_type *)p.out + place.token * p.out_stride_token +
-                            place.head * p.out_stride_head + j2;
+                            place.qo_head * p.out_stride_head + j2;
 #pragma unroll
             for (int d = 0; d < DIM_TILES; d++) {
                 if (8 * d < HEAD_DIM_VO) {
-                    store2<out_type>(out + 8 * d, empty ? 0.0f : acc.out[r][d][2 * c] * inverse,
-                                     empty ? 0.0f : acc.out[r][d][2 * c + 1] * inverse);
+                    const float low = empty ? 0.0f : acc.out[r][d][2 * c] * factor;
+                    const float high = empty ? 0.0f : acc.out[r][d][2 * c + 1] * factor;
+                    store2<out_type>(out + 8 * d, finish_output(p, place, 8 * d + j2, low),
+                                     finish_output(p, place, 8 * d + j2 + 1, high));
                 }
             }
-            if (j2 == 0 && p.lse) {
-                p.lse[place.token * p.lse_stride_token + place.head * p.lse_stride_head] =
-                    empty ? negative_infinity() : (state.max + log2f(state.sum)) * p.lse_scale;
+            if (j2 == 0) {
+                write_lse(p, place, state);
             }
         }
     }
@@ -519,9 +576,9 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
     }
     if (thread < TILE_ROWS) {
         const int32_t row = segment.row_begin + thread;
-        const row_place place = place_of_row(p, request.qo_begin, segment.head, row);
+        const raddle_row place = row_of(p, request, segment.request, segment.head, row);
         const kv_type *from =
-            (const kv_type *)p.q + place.token * p.q_stride_token + place.head * p.q_stride_head;
+            (const kv_type *)p.q + place.token * p.q_stride_token + place.qo_head * p.q_stride_head;
         m.q_rows[thread] = row < segment.row_end ? (const char *)from : (const char *)zeros;
     }
     const int32_t page = start_lookup(p, request, segment.head, begin, end, look);
@@ -568,7 +625,8 @@ __device__ __forceinline__ void finish_piece(const raddle_attention_params &p, c
 } // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
-    attention_prefill(const __grid_constant__ raddle_attention_params p) {
+    attention_prefill(const __grid_constant__ kernel_params arguments) {
+    const raddle_attention_params &p = arguments.base;
     extern __shared__ __align__(16) char shared[];
     __shared__ int32_t is_last;
     __shared__ lookup look;
@@ -641,10 +699,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             }
             const uint32_t *there = m.valid + 2 * (tile % 4);
             const uint64_t valid = there[0] | (uint64_t)there[1] << 32;
-            if (valid != ~(uint64_t)0 || base < at.full_begin || base > at.full_end - TILE_KV) {
+            if (p.k_scales) {
+                scale_scores(p.k_scales[p.segments[at.segment].head], s);
+            }
+            if constexpr (EACH_LOGIT) {
+                finish_scores(p, at.segment, base, valid, s);
+            } else if (valid != ~(uint64_t)0 || base < at.full_begin ||
+                       base > at.full_end - TILE_KV) {
                 mask_scores(p, at.segment, base, valid, s);
             }
-            update_softmax(p.sm_scale_log2, s, acc);
+            if constexpr (NO_SOFTMAX) {
+                count_weights(s, acc);
+            } else {
+                update_softmax(EACH_LOGIT ? 1.0f : p.sm_scale_log2, s, acc);
+            }
             add_values(m, tile, s, acc);
         }
         finish_piece(p, m, at, &is_last, acc);

@@ -29,16 +29,17 @@ RADDLE_INLINE int32_t raddle_decode_state_bytes(int32_t tile_rows) {
     return RADDLE_DECODE_WARPS * tile_rows * 8;
 }
 
-RADDLE_INLINE int32_t raddle_decode_q_bytes(int32_t head_dim_qk, int32_t row_tiles) {
-    return RADDLE_DECODE_WARPS * row_tiles * (raddle_round_up(head_dim_qk, 32) / 32) * 512;
+/* quads: of 16-byte words of q that a lane holds per row tile. */
+RADDLE_INLINE int32_t raddle_decode_q_bytes(int32_t quads, int32_t row_tiles) {
+    return RADDLE_DECODE_WARPS * row_tiles * quads * 512;
 }
 
 RADDLE_INLINE int32_t raddle_decode_shared_bytes(int32_t tile_rows, int32_t row_tiles,
-                                                 int32_t head_dim_qk, int32_t head_dim_vo,
+                                                 int32_t q_quads, int32_t head_dim_vo,
                                                  int32_t heads_per_item, int32_t q_in_shared,
                                                  int32_t fixed_chunk) {
     return raddle_decode_out_bytes(tile_rows, head_dim_vo) + raddle_decode_state_bytes(tile_rows) +
-           (q_in_shared ? raddle_decode_q_bytes(head_dim_qk, row_tiles) : 0) +
+           (q_in_shared ? raddle_decode_q_bytes(q_quads, row_tiles) : 0) +
            (fixed_chunk ? heads_per_item * tile_rows * (head_dim_vo * 4 + 2 * 8) : 0);
 }
 

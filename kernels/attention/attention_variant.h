@@ -29,9 +29,14 @@
 #ifdef __CUDACC_RTC__
 #define RADDLE_HOOK static __device__ __forceinline__
 #define RADDLE_NEGATIVE_INFINITY __int_as_float(0xff800000)
+#ifndef INFINITY /* of <math.h>, for the user's text */
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#endif
 #else
 #include <math.h>
 #include <stdbool.h>
+#include <string.h>
 #define RADDLE_HOOK static inline
 #define RADDLE_NEGATIVE_INFINITY (-INFINITY)
 #endif
@@ -58,6 +63,96 @@ typedef struct raddle_pair {
     float low, high;
 } raddle_pair;
 
+/* ---------------------------------------------------------------- functions
+ *
+ * Without branches on the host, where compilers then make vectors of the loops that call them. */
+
+#ifndef __CUDACC_RTC__
+RADDLE_HOOK float raddle_float_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+RADDLE_HOOK uint32_t raddle_float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+#endif
+
+/* e^x to 2 units in the last place, subnormal results too; NaN stays NaN. Host: x * log2(e) is
+ * split into a whole number (by adding 1.5 * 2^23) and f in [-1/2, 1/2], 2^f is a polynomial
+ * (minimax, relative error 2e-9), the power of two is applied as two factors. */
+RADDLE_HOOK float raddle_exp(float x) {
+#ifdef __CUDACC_RTC__
+    return expf(x);
+#else
+    const float magic = 12582912.0f;
+    const float low = x < -104.0f ? -104.0f : x;
+    const float y = low > 89.0f ? 89.0f : low;
+    const float shifted = y * 1.44269504f + magic;
+    const float whole = shifted - magic;
+    /* ln 2 in two parts: the first has few enough bits that whole * part is exact. */
+    const float f = ((y - whole * 0.693359375f) - whole * -2.12194440e-4f) * 1.44269504f;
+    float p = 0x1.41d334p-13f;
+    p = p * f + 0x1.5f456ap-10f;
+    p = p * f + 0x1.3b2dbcp-7f;
+    p = p * f + 0x1.c6aed4p-5f;
+    p = p * f + 0x1.ebfbdap-3f;
+    p = p * f + 0x1.62e43p-1f;
+    p = p * f + 1.0f;
+    const int32_t power = (int32_t)(raddle_float_to_bits(shifted) - raddle_float_to_bits(magic));
+    const int32_t half = power >> 1;
+    return p * raddle_float_from_bits((uint32_t)(half + 127) << 23) *
+           raddle_float_from_bits((uint32_t)(power - half + 127) << 23);
+#endif
+}
+
+/* Host: (1 - e^-2|x|) / (1 + e^-2|x|), and below 0.625, where that loses digits, x + x^3 p(x^2)
+ * (minimax, relative error 5e-9). */
+RADDLE_HOOK float raddle_tanh(float x) {
+#ifdef __CUDACC_RTC__
+    return tanhf(x);
+#else
+    const float size = fabsf(x), square = x * x;
+    const float e = raddle_exp(-2.0f * size);
+    const float large = copysignf((1.0f - e) / (1.0f + e), x);
+    float p = -0x1.75e1cep-8f;
+    p = p * square + 0x1.52269cp-6f;
+    p = p * square + -0x1.b83c5ap-5f;
+    p = p * square + 0x1.110726p-3f;
+    p = p * square + -0x1.555532p-2f;
+    return size < 0.625f ? x + x * square * p : large;
+#endif
+}
+
+/* Sine and cosine of a part of a turn, |turn| <= 1. Host: polynomials (minimax, 4e-9) on an eighth
+ * of a turn to either side of the nearest quarter. */
+RADDLE_HOOK void raddle_sine_cosine(float turn, float *sine, float *cosine) {
+#ifdef __CUDACC_RTC__
+    sincospif(2.0f * turn, sine, cosine);
+#else
+    const float magic = 12582912.0f;
+    const float shifted = turn * 4.0f + magic;
+    const uint32_t quarter = raddle_float_to_bits(shifted);
+    const float x = turn - (shifted - magic) * 0.25f, square = x * x;
+    float s = -0x1.2d9302p+6f, c = 0x1.d99f54p+5f;
+    s = s * square + 0x1.465e92p+6f;
+    s = s * square + -0x1.4abbbap+5f;
+    s = (s * square + 0x1.921fb6p+2f) * x;
+    c = c * square + -0x1.55c4eap+6f;
+    c = c * square + 0x1.03c1dap+6f;
+    c = c * square + -0x1.3bd3ccp+4f;
+    c = c * square + 1.0f;
+    const float to_sine = (quarter & 1) != 0 ? c : s, to_cosine = (quarter & 1) != 0 ? s : c;
+    *sine = (quarter & 2) != 0 ? -to_sine : to_sine;
+    *cosine = ((quarter + 1) & 2) != 0 ? -to_cosine : to_cosine;
+#endif
+}
+
+/* ---------------------------------------------------------------- built-in variants */
+
 /* The place of a query token among its request's keys. */
 RADDLE_HOOK int32_t raddle_row_position(const raddle_row *row) {
     return row->kv_len - row->qo_len + row->qo_index;
@@ -65,7 +160,11 @@ RADDLE_HOOK int32_t raddle_row_position(const raddle_row *row) {
 
 /* cap * tanh(logit / cap): bounds logits without a corner (Gemma 2). */
 RADDLE_HOOK float raddle_soft_cap(float cap, float logit) {
-    return cap * tanhf(logit / cap);
+#ifdef __CUDACC_RTC__ /* to 1e-7 of the cap, without a branch */
+    return cap - __fdividef(2.0f * cap, 1.0f + __expf(2.0f * logit / cap));
+#else
+    return cap * raddle_tanh(logit / cap);
+#endif
 }
 
 /* Attention with linear biases (arXiv 2108.12409): head h of n adds -slope * distance. Past the
@@ -87,30 +186,28 @@ RADDLE_HOOK float raddle_alibi(float slope, const raddle_row *row, int32_t kv_in
 RADDLE_HOOK void raddle_sink(float sink, float *max, float *sum) {
     const float most = *max > sink ? *max : sink;
     if (most > RADDLE_NEGATIVE_INFINITY) {
-        *sum = *sum * expf(*max - most) + expf(sink - most);
+        *sum = *sum * raddle_exp(*max - most) + raddle_exp(sink - most);
         *max = most;
     }
 }
 
 RADDLE_HOOK float raddle_sigmoid(float logit) {
-    return 1.0f / (1.0f + expf(-logit));
+    return 1.0f / (1.0f + raddle_exp(-logit));
 }
 
 /* Rotary embedding (arXiv 2104.09864), the halves of a row as pairs. A frequency is given in turns
  * per token as the sum of two floats, so that the angle at token 10^6 still has the precision of
- * one turn's. */
-RADDLE_HOOK raddle_pair raddle_rotate(float turns_high, float turns_low, int32_t position,
-                                      raddle_pair x) {
+ * one turn's. This is the part of a turn that token position stands at. */
+RADDLE_HOOK float raddle_turn(float turns_high, float turns_low, int32_t position) {
     const float at = (float)position;
     const float whole = at * turns_high;
-    const float turn = (whole - rintf(whole)) + (fmaf(at, turns_high, -whole) + at * turns_low);
-#ifdef __CUDACC_RTC__
+    return (whole - rintf(whole)) + (fmaf(at, turns_high, -whole) + at * turns_low);
+}
+
+RADDLE_HOOK raddle_pair raddle_rotate(float turns_high, float turns_low, int32_t position,
+                                      raddle_pair x) {
     float sine, cosine;
-    sincospif(2.0f * turn, &sine, &cosine);
-#else
-    const float angle = 6.28318530717958647692f * turn;
-    const float sine = sinf(angle), cosine = cosf(angle);
-#endif
+    raddle_sine_cosine(raddle_turn(turns_high, turns_low, position), &sine, &cosine);
 #ifdef __cplusplus
     return raddle_pair{x.low * cosine - x.high * sine, x.high * cosine + x.low * sine};
 #else

@@ -1,0 +1,324 @@
+/* attention_decode_combine.cuh - running states in attention_decode: a warp's softmax over its tiles,
+ * the warps of a head added up in shared memory, chunks folded, results and partials written.
+ */
+#ifndef RADDLE_ATTENTION_DECODE_COMBINE_CUH
+#define RADDLE_ATTENTION_DECODE_COMBINE_CUH
+
+#include "attention/attention_decode_tile.cuh"
+
+namespace raddle {
+
+/* ------------------------------------------------------------------ softmax */
+
+/* The running state of a warp: rows 2j and 2j + 1 of each row tile. sum is this lane's share
+ * (tokens g and g + 8). */
+struct accumulator {
+    float out[ROW_TILES][DIM_TILES][4]; /* as add_values has it */
+    float max[ROW_TILES][2];
+    float sum[ROW_TILES][2];
+};
+
+__device__ __forceinline__ void clear(accumulator &acc) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int m = 0; m < DIM_TILES; m++) {
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                acc.out[n][m][x] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            acc.max[n][c] = NO_SOFTMAX ? 0.0f : LOGIT_FLOOR;
+            acc.sum[n][c] = 0.0f;
+        }
+    }
+}
+
+/* Back from the range of f16 that q was brought into. */
+__device__ __forceinline__ void scale_rows(const warp_notes &notes, int j,
+                                           float (&s)[ROW_TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            s[n][x] *= notes.row_scale[RADDLE_DECODE_ROWS * n + 2 * j + x % 2];
+        }
+    }
+}
+
+/* Tokens that are not there, or that a row does not see. Only tiles at a boundary come here. */
+__device__ __forceinline__ void mask_scores(const warp_notes &notes, int32_t base, unsigned valid,
+                                            int g, int j, float (&s)[ROW_TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const key_range keys = notes.keys[RADDLE_DECODE_ROWS * n + 2 * j + c];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int32_t token = base + g + 8 * r;
+                const bool seen =
+                    (valid >> (g + 8 * r) & 1u) && token >= keys.begin && token < keys.end;
+                s[n][2 * r + c] = seen ? s[n][2 * r + c] : negative_infinity();
+            }
+        }
+    }
+}
+
+/* The same where every logit is looked at: scores become logits in base 2, or weights. What a row
+ * does not see is -inf, and no hook hears of it. */
+__device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
+                                              const warp_notes &notes, int32_t base, unsigned valid,
+                                              int g, int j, float (&s)[ROW_TILES][4]) {
+    const raddle_attention_segment &segment = p.segments[notes.at.segment];
+    const raddle_attention_request &request = p.requests[segment.request];
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const int32_t number = RADDLE_DECODE_ROWS * n + 2 * j + c;
+            const key_range keys = notes.keys[number];
+            const raddle_row row =
+                row_of(p, request, segment.request, notes.at.head, segment.row_begin + number);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int32_t token = base + g + 8 * r;
+                float x = s[n][2 * r + c] * notes.at.scale;
+                const bool seen = (valid >> (g + 8 * r) & 1u) && number < notes.at.rows &&
+                                  token >= keys.begin && token < keys.end &&
+                                  finish_logit(p, row, token, x);
+                s[n][2 * r + c] = seen ? x : negative_infinity();
+            }
+        }
+    }
+}
+
+/* Without a softmax: weights as they are, the sum counts the keys. */
+__device__ __forceinline__ void count_weights(float (&s)[ROW_TILES][4], accumulator &acc) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int x = 0; x < 4; x++) {
+            const bool seen = s[n][x] != negative_infinity();
+            acc.sum[n][x % 2] += seen ? 1.0f : 0.0f;
+            s[n][x] = seen ? s[n][x] : 0.0f;
+        }
+    }
+}
+
+/* Turns scores into weights relative to the running maximum, which moves (and everything summed so
+ * far with it) only when some row of the tile has a larger one. */
+__device__ __forceinline__ void update_softmax(float scale, float (&s)[ROW_TILES][4],
+                                               accumulator &acc) {
+    float top[ROW_TILES][2];
+    bool larger = false;
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            top[n][c] = fmaxf(s[n][c], s[n][2 + c]) * scale;
+            larger = larger || top[n][c] > acc.max[n][c];
+        }
+    }
+    if (__any_sync(ALL_LANES, larger)) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float max = fmaxf(acc.max[n][c], reduce_max<4, 32>(top[n][c]));
+                const float factor = exp2_fast(acc.max[n][c] - max);
+                acc.max[n][c] = max;
+                acc.sum[n][c] *= factor;
+#pragma unroll
+                for (int m = 0; m < DIM_TILES; m++) {
+                    acc.out[n][m][c] *= factor;
+                    acc.out[n][m][2 + c] *= factor;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            s[n][c] = exp2_fast(fmaf(s[n][c], scale, -acc.max[n][c]));
+            s[n][2 + c] = exp2_fast(fmaf(s[n][2 + c], scale, -acc.max[n][c]));
+            acc.sum[n][c] += s[n][c] + s[n][2 + c];
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ combine, fold, write */
+
+struct shared_map {
+    float *out;         /* [WARPS, tile_rows, HEAD_DIM_VO] */
+    float2 *state;      /* [WARPS, tile_rows] */
+    uint4 *q;           /* [WARPS, ROW_TILES * Q_QUADS, 32] */
+    float *fold_out;    /* [HEADS, tile_rows, HEAD_DIM_VO] */
+    float2 *fold_state; /* [2, HEADS, tile_rows] */
+};
+
+__device__ __forceinline__ shared_map map_shared(char *base, int32_t tile_rows) {
+    shared_map m;
+    m.out = (float *)base;
+    base += raddle_decode_out_bytes(tile_rows, HEAD_DIM_VO);
+    m.state = (float2 *)base;
+    base += raddle_decode_state_bytes(tile_rows);
+    m.q = (uint4 *)base;
+    base += Q_IN_SHARED ? raddle_decode_q_bytes(Q_QUADS, ROW_TILES) : 0;
+    m.fold_out = (float *)base;
+    base += HEADS * tile_rows * HEAD_DIM_VO * 4;
+    m.fold_state = (float2 *)base;
+    return m;
+}
+
+/* Leaves the warp's state in shared memory. */
+__device__ __forceinline__ void write_warp(const shared_map &m, int32_t tile_rows, int32_t rows,
+                                           int warp, int g, int j, accumulator &acc) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const float sum = reduce_sum<4, 32>(acc.sum[n][c]);
+            const int32_t row = RADDLE_DECODE_ROWS * n + 2 * j + c;
+            if (row >= rows) {
+                continue;
+            }
+            float *to = m.out + (warp * tile_rows + row) * HEAD_DIM_VO + ELEMENTS * g;
+#pragma unroll
+            for (int i = 0; i < V_CHUNKS; i++) {
+                if (V_WHOLE || ELEMENTS * (8 * i + g) < HEAD_DIM_VO) {
+                    const float(*o)[4] = &acc.out[n][ELEMENTS / 2 * i];
+#pragma unroll
+                    for (int x = 0; x < ELEMENTS / 2; x += 2) {
+                        *(float4 *)(to + 8 * ELEMENTS * i + 2 * x) =
+                            make_float4(o[x][c], o[x][2 + c], o[x + 1][c], o[x + 1][2 + c]);
+                    }
+                }
+            }
+            if (g == 0) {
+                const softmax_state state = closed_state(acc.max[n][c], sum);
+                m.state[warp * tile_rows + row] = make_float2(state.max, state.sum);
+            }
+        }
+    }
+}
+
+/* Four neighbouring outputs of a row, added up over the warps of its head. */
+__device__ __forceinline__ softmax_state combine_warps(const shared_map &m, int32_t tile_rows,
+                                                       int32_t head, int32_t row, int32_t dim,
+                                                       float (&acc)[4]) {
+    softmax_state state = empty_state();
+#pragma unroll
+    for (int k = 0; k < WARPS_PER_HEAD; k++) {
+        state.max = fmaxf(state.max, m.state[(head * WARPS_PER_HEAD + k) * tile_rows + row].x);
+    }
+    const float base = state.max == negative_infinity() ? 0.0f : state.max;
+    acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < WARPS_PER_HEAD; k++) {
+        const int32_t at = (head * WARPS_PER_HEAD + k) * tile_rows + row;
+        const float2 part = m.state[at];
+        const float4 out = *(const float4 *)(m.out + at * HEAD_DIM_VO + dim);
+        const float factor = exp2_fast(part.x - base);
+        state.sum = fmaf(part.y, factor, state.sum);
+        acc[0] = fmaf(out.x, factor, acc[0]);
+        acc[1] = fmaf(out.y, factor, acc[1]);
+        acc[2] = fmaf(out.z, factor, acc[2]);
+        acc[3] = fmaf(out.w, factor, acc[3]);
+    }
+    return state;
+}
+
+/* Folds a chunk into what the chunks before it left in shared memory, and leaves the sum there. A
+ * thread meets the same outputs in every chunk; the states are read by several threads, so they
+ * change sides. */
+__device__ __forceinline__ void fold_chunk(const shared_map &m, int32_t tile_rows, int32_t head,
+                                           int32_t row, int32_t dim, bool first, int side,
+                                           softmax_state &state, float (&acc)[4]) {
+    const int32_t at = head * tile_rows + row;
+    float4 *kept = (float4 *)(m.fold_out + at * HEAD_DIM_VO + dim);
+    softmax_state into = empty_state();
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (!first) {
+        const float2 before = m.fold_state[side * HEADS * tile_rows + at];
+        const float4 out = *kept;
+        into = softmax_state{before.x, before.y};
+        sum[0] = out.x, sum[1] = out.y, sum[2] = out.z, sum[3] = out.w;
+    }
+    fold(into, sum, state, acc);
+    *kept = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    if (dim == 0) {
+        m.fold_state[(side ^ 1) * HEADS * tile_rows + at] = make_float2(into.max, into.sum);
+    }
+    state = into;
+    acc[0] = sum[0], acc[1] = sum[1], acc[2] = sum[2], acc[3] = sum[3];
+}
+
+/* Four neighbouring outputs of the item, by their number. */
+struct quad {
+    int32_t head, row, dim;
+};
+
+__device__ __forceinline__ quad quad_at(int32_t i, int32_t rows) {
+    constexpr int QUADS = HEAD_DIM_VO / 4;
+    const unsigned row_of_item = (unsigned)i / QUADS;
+    return quad{(int32_t)(row_of_item / (unsigned)rows), (int32_t)(row_of_item % (unsigned)rows),
+                4 * (i % QUADS)};
+}
+
+__device__ __forceinline__ int32_t count_quads(const raddle_attention_params &p,
+                                               const raddle_attention_segment &segment) {
+    const int32_t heads = min(HEADS, p.num_kv_heads - segment.head);
+    return heads * (segment.row_end - segment.row_begin) * (HEAD_DIM_VO / 4);
+}
+
+/* The warps' states are in shared memory: adds them up to a partial. */
+__device__ __forceinline__ void finish_cut(const raddle_attention_params &p, const shared_map &m,
+                                           int32_t segment_index) {
+    const raddle_attention_segment &segment = p.segments[segment_index];
+    const int32_t count = count_quads(p, segment);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < count; i += THREADS) {
+        const quad at = quad_at(i, segment.row_end - segment.row_begin);
+        float acc[4];
+        const softmax_state state = combine_warps(m, p.tile_rows, at.head, at.row, at.dim, acc);
+        const int64_t to = partial_row(p, segment.slot, HEADS, at.head, at.row);
+        *(float4 *)(p.partial_out + to * HEAD_DIM_VO + at.dim) =
+            make_float4(acc[0], acc[1], acc[2], acc[3]);
+        if (at.dim == 0) {
+            ((float2 *)p.partial_state)[to] = make_float2(state.max, state.sum);
+        }
+    }
+}
+
+/* The same: to results, or to one more chunk folded. */
+__device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, const shared_map &m,
+                                             const piece &done, int &side) {
+    const raddle_attention_segment &segment = p.segments[done.segment];
+    const raddle_attention_request request = p.requests[segment.request];
+    const int32_t count = count_quads(p, segment);
+    const bool first = done.begin == segment.kv_begin;
+    const bool last = done.end == segment.kv_end;
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < count; i += THREADS) {
+        const quad at = quad_at(i, segment.row_end - segment.row_begin);
+        float acc[4];
+        softmax_state state = combine_warps(m, p.tile_rows, at.head, at.row, at.dim, acc);
+        if (!(first && last)) {
+            fold_chunk(m, p.tile_rows, at.head, at.row, at.dim, first, side, state, acc);
+        }
+        if (last) {
+            const raddle_row row = row_of(p, request, segment.request, segment.head + at.head,
+                                          segment.row_begin + at.row);
+            write_result<out_type>(p, row, at.dim, acc, state);
+        }
+    }
+    side ^= 1;
+}
+
+} // namespace raddle
+
+#endif
