@@ -4,6 +4,8 @@ strides.
 Needs: numpy. Data is made in float32 and rounded to the dtype under test, so that the reference
 sees the same numbers."""
 
+import functools
+
 import numpy as np
 import raddle
 
@@ -15,10 +17,36 @@ TOLERANCE = {
 }
 
 
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+
+
+@functools.cache
+def float8_values(dtype):
+    """float64 [256]: the value of each byte. e4m3fn has no infinities and one NaN per sign, e5m2 is
+    the upper half of a float16."""
+    codes = np.arange(256)
+    if dtype == "float8_e5m2":
+        return (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    return np.where(codes & 127 == 127, np.nan, np.where(codes & 128, -size, size))
+
+
+def to_float8(x, dtype):
+    """The byte of the nearest value, of the largest where that is past the end; NaN as 0x7f."""
+    values = float8_values(dtype)
+    codes = np.flatnonzero(np.isfinite(values) & (np.arange(256) < 128))
+    middles = (values[codes][1:] + values[codes][:-1]) / 2
+    code = codes[np.searchsorted(middles, np.abs(np.nan_to_num(x)))]
+    return np.where(np.isnan(x), 127, code | np.where(x < 0, 128, 0)).astype(np.uint8)
+
+
 def to_bits(x, dtype):
     """float32 array -> the array a NumPy user would hold: bfloat16 as uint16, rounded to nearest
-    even."""
+    even; float8 as uint8."""
     x = np.ascontiguousarray(x, np.float32)
+    if dtype in FLOAT8:
+        return to_float8(x, dtype)
     if dtype == "float32":
         return x
     if dtype == "float16":
@@ -31,6 +59,8 @@ def to_bits(x, dtype):
 
 def from_bits(x, dtype):
     """The float64 value of what to_bits made."""
+    if dtype in FLOAT8:
+        return float8_values(dtype)[x]
     if dtype == "bfloat16":
         return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return x.astype(np.float64)
@@ -107,6 +137,8 @@ class Batch:
                 q[self.qo_indptr[r] : self.qo_indptr[r + 1]],
                 gather_pages(k, ids, n, self.layout),
                 gather_pages(v, ids, n, self.layout),
+                request=r,
+                first_token=self.qo_indptr[r],
                 **options,
             )
             outs.append(out)

@@ -15,7 +15,6 @@
 
 enum {
     CACHE_LINE = 64,
-    TILE_KV = 128,        /* tokens; prefill gains 5 % over 64, and 2 % more at 256 */
     MAX_ROWS = 256,       /* packed rows that share one conversion of a K/V tile */
     MIN_ROWS = 64,        /* enough to pay for the conversion */
     FIXED_ROWS = 64,      /* fixed chunks: every chunk of a cut item is a partial */
@@ -63,7 +62,7 @@ static void choose_cuts(const raddle_attention_spec *spec, raddle_attention_conf
         fit = FIXED_ROWS;
     }
     config->tile_rows = min_i32(rows, fit);
-    config->tile_kv = TILE_KV;
+    config->tile_kv = ATTENTION_CPU_TILE_KV;
     const int32_t threads = raddle_threads_count();
     config->num_workers = spec->max_ctas > 0 ? min_i32(spec->max_ctas, threads) : threads;
     config->segment_cost = SEGMENT_COST;
@@ -80,7 +79,7 @@ static void layout_scratch(const raddle_attention_config *config, const attentio
     scratch->q = raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * operand);
     scratch->logits = raddle_arena_take(arena, num_logits * sizeof(float));
     scratch->weights = scratch->logits;
-    if (state->block->operand != RADDLE_F32) {
+    if (state->add->operand != RADDLE_F32) {
         scratch->weights = raddle_arena_take(arena, num_logits * operand);
     }
     scratch->chunk.state = raddle_arena_take(arena, rows * 2 * sizeof(float));
@@ -98,11 +97,20 @@ static void layout_scratch(const raddle_attention_config *config, const attentio
         scratch->tokens[i].v_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
         scratch->tokens[i].positions = raddle_arena_take(arena, tile_kv * sizeof(int32_t));
     }
+    const size_t keys_bytes = tile_kv * (size_t)config->head_dim_qk * sizeof(float);
+    if (config->has_rope) {
+        scratch->turns = raddle_arena_take(arena, keys_bytes);
+    }
+    if (state->changes_keys) {
+        scratch->keys = raddle_arena_take(arena, keys_bytes);
+        scratch->key_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
+    }
 }
 
 static void layout_state(const raddle_attention_config *config, raddle_arena *arena,
                          cpu_plan_state *state, attention_cpu_scratch *scratch) {
     state->cursors = raddle_arena_take(arena, (size_t)config->num_workers * sizeof(work_cursor));
+    raddle_attention_cpu_layout_variant(config, arena, &state->shared);
     for (int32_t w = 0; w < config->num_workers; w++) {
         layout_scratch(config, &state->shared, arena, &scratch[w]);
     }
@@ -118,30 +126,28 @@ static void cpu_release(raddle_attention_plan *plan) {
     }
 }
 
-static raddle_status cpu_prepare(raddle_attention_plan *plan) {
-    raddle_attention_config *config = &plan->config;
-    RADDLE_REQUIRE(!config->has_soft_cap && !config->has_rope && !config->has_alibi &&
-                       !config->has_sinks && !config->no_softmax && config->hooks == 0 &&
-                       raddle_dtype_bytes(config->kv_dtype) > 1,
-                   RADDLE_ERR_UNSUPPORTED, "attention on the CPU cannot run variants yet");
-    choose_cuts(&plan->spec, config);
+/* Which steps run() takes, and by which loops. Rows that a variant changes are float32. */
+static void choose_loops(const raddle_attention_config *config, attention_cpu_state *state) {
+    state->vec = raddle_vec_get();
+    state->loops = raddle_attention_cpu_loops_get();
+    state->changes_queries = config->has_rope;
+    state->changes_keys = config->has_rope;
+    state->changes_logits = config->has_soft_cap || config->has_alibi || config->no_softmax;
+    state->changes_states = config->has_sinks;
+    const bool bf16 = config->q_dtype == RADDLE_BF16 && config->kv_dtype == RADDLE_BF16 &&
+                      !state->changes_queries && !state->changes_keys;
+    state->add = bf16 && state->vec->block_bf16 ? state->vec->block_bf16
+                                                : state->vec->blocks[config->kv_dtype];
+    state->dot = state->changes_keys ? state->vec->blocks[RADDLE_F32] : state->add;
+    state->operand_bytes = (int32_t)raddle_dtype_bytes(state->add->operand);
+    state->block_rows = config->tile_rows > MIN_BLOCK_ROWS ? config->tile_rows : MIN_BLOCK_ROWS;
+}
 
-    cpu_plan_state *state = raddle_alloc_zero(sizeof(*state));
-    if (!state) {
-        return raddle_fail_memory(sizeof(*state));
-    }
-    plan->backend_state = state;
+static raddle_status make_memory(const raddle_attention_config *config, cpu_plan_state *state) {
     attention_cpu_state *shared = &state->shared;
-    shared->vec = raddle_vec_get();
-    const bool bf16 = config->q_dtype == RADDLE_BF16 && config->kv_dtype == RADDLE_BF16;
-    shared->block = bf16 && shared->vec->block_bf16 ? shared->vec->block_bf16
-                                                    : shared->vec->blocks[config->kv_dtype];
-    shared->operand_bytes = (int32_t)raddle_dtype_bytes(shared->block->operand);
-    shared->block_rows = config->tile_rows > MIN_BLOCK_ROWS ? config->tile_rows : MIN_BLOCK_ROWS;
     const size_t scratch_bytes = (size_t)config->num_workers * sizeof(attention_cpu_scratch);
     shared->scratch = raddle_alloc_zero(scratch_bytes);
     if (!shared->scratch) {
-        cpu_release(plan);
         return raddle_fail_memory(scratch_bytes);
     }
     raddle_arena arena;
@@ -150,12 +156,36 @@ static raddle_status cpu_prepare(raddle_attention_plan *plan) {
     const size_t bytes = raddle_arena_bytes(&arena);
     shared->memory = raddle_alloc_zero(bytes);
     if (!shared->memory) {
-        cpu_release(plan);
         return raddle_fail_memory(bytes);
     }
     raddle_arena_carve(&arena, shared->memory, bytes, true);
     layout_state(config, &arena, state, shared->scratch);
+    for (int32_t w = 0; shared->changes_keys && w < config->num_workers; w++) {
+        attention_cpu_scratch *scratch = &shared->scratch[w];
+        for (int32_t n = 0; n < config->tile_kv; n++) {
+            scratch->key_rows[n] = scratch->keys + (int64_t)n * config->head_dim_qk;
+        }
+    }
     return RADDLE_OK;
+}
+
+static raddle_status cpu_prepare(raddle_attention_plan *plan) {
+    raddle_attention_config *config = &plan->config;
+    RADDLE_REQUIRE(config->hooks == 0 && raddle_dtype_bytes(config->kv_dtype) > 1,
+                   RADDLE_ERR_UNSUPPORTED,
+                   "attention on the CPU cannot run user variants and float8 yet");
+    cpu_plan_state *state = raddle_alloc_zero(sizeof(*state));
+    if (!state) {
+        return raddle_fail_memory(sizeof(*state));
+    }
+    plan->backend_state = state;
+    choose_cuts(&plan->spec, config);
+    choose_loops(config, &state->shared);
+    const raddle_status status = make_memory(config, state);
+    if (status != RADDLE_OK) {
+        cpu_release(plan);
+    }
+    return status;
 }
 
 /* ---------------------------------------------------------------- run */
@@ -216,6 +246,10 @@ static raddle_status cpu_run(raddle_attention_plan *plan, const raddle_attention
     const raddle_attention_params *params = &given->params;
     cpu_plan_state *state = plan->backend_state;
     const raddle_attention_header *header = params->header;
+    if (!state->shared.is_filled) {
+        raddle_attention_cpu_fill_variant(&plan->config, params, &state->shared);
+        state->shared.is_filled = true;
+    }
     run_context run = {.job = {&plan->config, params, &state->shared}, .cursors = state->cursors};
     for (int32_t w = 0; w < header->num_workers; w++) {
         atomic_store_explicit(&state->cursors[w].next, params->worker_indptr[w],

@@ -2,9 +2,10 @@
  * scratch, running states.
  *
  * attention_cpu.c launches: workers over segments, then merges. attention_cpu_segment.c computes
- * one segment. A running state of a row is (max, sum, acc[head_dim_vo]): the largest base 2 logit
- * so far, the sum of 2^(logit - max), and the same sum over V rows. An empty one is (-inf, 0,
- * 0...).
+ * one segment, attention_cpu_tile.c one tile of it, attention_cpu_variant.c what variants add. A
+ * running state of a row is (max, sum, acc[head_dim_vo]): the largest base 2 logit so far, the sum
+ * of 2^(logit - max), and the same sum over V rows. An empty one is (-inf, 0, 0...). Without
+ * softmax max is 0 once a key was seen, and sum counts the keys.
  */
 #ifndef RADDLE_ATTENTION_ATTENTION_CPU_H
 #define RADDLE_ATTENTION_ATTENTION_CPU_H
@@ -15,12 +16,35 @@
 #include <math.h>
 
 enum {
+    ATTENTION_CPU_TILE_KV = 128, /* tokens; prefill gains 5 % over 64, and 2 % more at 256 */
     /* Rows of a head: from here on a tile is packed for its rows. */
     ATTENTION_CPU_MANY_ROWS = 16,
     /* Tokens of a tile that is read where it lies. The next tile is prefetched meanwhile: 32 tokens
      * ahead is slower by a tenth, 64 by a half (bf16, 8 heads of 128, page 16). */
     ATTENTION_CPU_FEW_TILE_KV = 16,
 };
+
+/* Of attention_cpu_loops.h: built-in variants over rows, in place. */
+typedef struct attention_cpu_loops {
+    /* x = cap * tanh(x * scale / cap) */
+    void (*soft_cap)(float *x, int64_t count, float scale, float cap);
+    void (*alibi)(float *x, const int32_t *positions, int64_t count, float slope,
+                  const raddle_row *row);
+    void (*sigmoid)(float *x, int64_t count);
+    /* Turns of a position: pairs cosines, then pairs sines. turns_per_token: rope_turns. */
+    void (*make_turns)(float *to, const float *turns_per_token, int32_t pairs, int32_t position);
+    /* Rotates the halves of x by such turns. */
+    void (*rotate)(float *x, const float *turns, int32_t pairs);
+} attention_cpu_loops;
+
+extern const attention_cpu_loops raddle_attention_cpu_loops_generic;
+#if defined(__x86_64__)
+extern const attention_cpu_loops raddle_attention_cpu_loops_avx2;
+extern const attention_cpu_loops raddle_attention_cpu_loops_avx512;
+#endif
+
+/* The table for isa.h's choice; never NULL. */
+const attention_cpu_loops *raddle_attention_cpu_loops_get(void);
 
 /* Running states of several rows; state is [rows, 2] and acc [rows, head_dim_vo]. */
 typedef struct attention_cpu_states {
@@ -44,13 +68,26 @@ typedef struct attention_cpu_scratch {
     attention_cpu_states folded; /* [block_rows]: of the chunks seen so far, in fixed-chunk mode */
     raddle_vec_panel k_panel, v_panel; /* a tile of one head, packed */
     attention_cpu_tokens tokens[2];    /* of this tile and the next */
+    /* Where K is changed on its way (state.changes_keys): a tile of one head. */
+    float *keys;           /* [tile_kv, head_dim_qk] */
+    const void **key_rows; /* [tile_kv] the rows of keys */
+    float *turns;          /* [tile_kv, head_dim_qk] of the tile's tokens; with ROPE */
 } attention_cpu_scratch;
 
 typedef struct attention_cpu_state {
     const raddle_vec *vec;
-    const raddle_vec_block *block; /* how q meets K, and weights meet V */
-    int32_t operand_bytes;         /* of an element of block->operand */
+    const attention_cpu_loops *loops;
+    const raddle_vec_block *dot; /* how q meets K */
+    const raddle_vec_block *add; /* how weights meet V; its operand is that of dot */
+    int32_t operand_bytes;       /* of an element of the operand's type */
     int32_t block_rows;
+    bool changes_queries;
+    bool changes_keys;
+    bool changes_logits; /* beyond sm_scale: cap, ALiBi, hooks, weights that are no softmax */
+    bool changes_states;
+    float *slopes;     /* [num_qo_heads] with ALiBi, else NULL */
+    float *rope_steps; /* [tile_kv, head_dim_qk] turns of 0, 1, .. tokens; with ROPE, else NULL */
+    bool is_filled;    /* slopes and rope_steps are, by the first run */
     void *memory;
     attention_cpu_scratch *scratch; /* [num_workers] */
 } attention_cpu_state;
@@ -103,6 +140,58 @@ void raddle_attention_cpu_write(const attention_cpu_job *job,
                                 const raddle_attention_request *request, int32_t head,
                                 int32_t row_begin, int32_t row_end,
                                 const attention_cpu_states *states);
+
+/* ---------------------------------------------------------------- attention_cpu_variant.c */
+
+/* Packed row of a request and K/V head, as hooks are told. */
+static inline raddle_row raddle_attention_cpu_row(const attention_cpu_job *job,
+                                                  const raddle_attention_request *request,
+                                                  int32_t head, int32_t packed_row) {
+    const int32_t group_size = job->params->group_size;
+    const int32_t qo_index = packed_row / group_size;
+    return (raddle_row){
+        .token = (int64_t)request->qo_begin + qo_index,
+        .request = (int32_t)(request - job->params->requests),
+        .qo_index = qo_index,
+        .qo_len = request->qo_len,
+        .kv_len = request->kv_len,
+        .qo_head = head * group_size + packed_row % group_size,
+        .kv_head = head,
+    };
+}
+
+/* What the plan keeps for its variant, out of arena; the first run knows the numbers. */
+void raddle_attention_cpu_layout_variant(const raddle_attention_config *config, raddle_arena *arena,
+                                         attention_cpu_state *state);
+void raddle_attention_cpu_fill_variant(const raddle_attention_config *config,
+                                       const raddle_attention_params *params,
+                                       attention_cpu_state *state);
+/* A row of q that changes_queries. turns: head_dim_qk floats to use. */
+void raddle_attention_cpu_query(const attention_cpu_job *job, const raddle_row *row, float *turns,
+                                float *q);
+/* Before the heads of a tile whose keys change. */
+void raddle_attention_cpu_begin_keys(const attention_cpu_view *view,
+                                     const attention_cpu_tile *tile);
+/* The tile's keys of one head, into scratch->keys; prefetches next's. */
+void raddle_attention_cpu_keys(const attention_cpu_view *view, const attention_cpu_tile *tile,
+                               const attention_cpu_tile *next, int32_t head);
+/* Turns the products of a row with entries [first, first + count) of the tile into logits in
+ * natural units (-inf where the variant's mask hides the key), or into weights where there is no
+ * softmax. Returns how many keys the row sees. */
+int32_t raddle_attention_cpu_logits(const attention_cpu_view *view, const attention_cpu_tile *tile,
+                                    int32_t head, int32_t packed_row, int32_t first, int32_t count,
+                                    float *x);
+/* Changes the state of a row that has seen all its keys. Returns what its acc is to be multiplied
+ * with for that. */
+float raddle_attention_cpu_state(const attention_cpu_job *job, const raddle_row *row, float *state);
+
+/* ---------------------------------------------------------------- small things */
+
+/* What the products of q with a head's K are to be multiplied with. */
+static inline float raddle_attention_cpu_scale(const raddle_attention_params *params,
+                                               int32_t head) {
+    return params->sm_scale * (params->k_scales ? params->k_scales[head] : 1.0f);
+}
 
 /* What to subtract from logits whose maximum is max: anything finite will do when all of them are -inf
  * (or NaN). */

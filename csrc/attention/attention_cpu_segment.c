@@ -44,6 +44,23 @@ void raddle_attention_cpu_fold(const attention_cpu_states *into, const attention
     }
 }
 
+/* What the sums of a row become its output by. Finishes its state, by which the lse is told. */
+static float finish_state(const attention_cpu_job *job, const raddle_row *row, float *state) {
+    const raddle_attention_params *params = job->params;
+    const bool is_empty = state[1] == 0; /* nothing visible */
+    float factor = params->out_scale;
+    if (params->v_scales) {
+        factor *= params->v_scales[row->kv_head];
+    }
+    if (job->state->changes_states) {
+        factor *= raddle_attention_cpu_state(job, row, state);
+    }
+    if (is_empty) {
+        return 0.0f;
+    }
+    return job->config->no_softmax ? factor : factor / state[1];
+}
+
 void raddle_attention_cpu_write(const attention_cpu_job *job,
                                 const raddle_attention_request *request, int32_t head,
                                 int32_t row_begin, int32_t row_end,
@@ -53,22 +70,24 @@ void raddle_attention_cpu_write(const attention_cpu_job *job,
     const raddle_dtype dtype = job->config->o_dtype;
     const int64_t element_bytes = (int64_t)raddle_dtype_bytes(dtype);
     const int32_t width = job->config->head_dim_vo;
-    for (int32_t row = row_begin; row < row_end; row++) {
-        const int64_t token = (int64_t)request->qo_begin + row / params->group_size;
-        const int64_t qo_head = (int64_t)head * params->group_size + row % params->group_size;
-        const float *state = states->state + 2 * (int64_t)(row - row_begin);
-        float *acc = states->acc + (int64_t)(row - row_begin) * width;
-        const bool empty = state[1] == 0; /* nothing visible: exactly 0, and acc is 0 already */
-        if (!empty) {
-            vec->scale(acc, width, 1.0f / state[1]);
+    for (int32_t r = row_begin; r < row_end; r++) {
+        const raddle_row row = raddle_attention_cpu_row(job, request, head, r);
+        float *state = states->state + 2 * (int64_t)(r - row_begin);
+        float *acc = states->acc + (int64_t)(r - row_begin) * width;
+        const float factor = finish_state(job, &row, state);
+        if (factor == 0.0f) { /* exactly 0, whatever was multiplied with weights of 0 */
+            memset(acc, 0, (size_t)width * sizeof *acc);
+        } else if (factor != 1.0f) {
+            vec->scale(acc, width, factor);
         }
         char *out = (char *)params->out;
-        out +=
-            (token * params->out_stride_token + qo_head * params->out_stride_head) * element_bytes;
+        out += (row.token * params->out_stride_token + row.qo_head * params->out_stride_head) *
+               element_bytes;
         vec->store[dtype](out, acc, width);
         if (params->lse) {
-            params->lse[token * params->lse_stride_token + qo_head * params->lse_stride_head] =
-                empty ? -INFINITY : (state[0] + log2f(state[1])) * params->lse_scale;
+            params->lse[row.token * params->lse_stride_token +
+                        row.qo_head * params->lse_stride_head] =
+                state[1] == 0 ? -INFINITY : (state[0] + log2f(state[1])) * params->lse_scale;
         }
     }
 }
@@ -160,15 +179,18 @@ static void load_q(const attention_cpu_view *view) {
     const int64_t row_bytes = (int64_t)state->operand_bytes * config->head_dim_qk;
     char *to = view->scratch->q;
     for (int32_t head = view->head_begin; head < view->head_end; head++) {
-        for (int32_t row = view->segment->row_begin; row < view->segment->row_end; row++) {
-            const int64_t token = (int64_t)view->request->qo_begin + row / params->group_size;
-            const int64_t qo_head = (int64_t)head * params->group_size + row % params->group_size;
+        for (int32_t r = view->segment->row_begin; r < view->segment->row_end; r++) {
+            const raddle_row row = raddle_attention_cpu_row(view->job, view->request, head, r);
             const char *q = params->q;
-            q += (token * params->q_stride_token + qo_head * params->q_stride_head) * q_bytes;
-            if (config->q_dtype == state->block->operand) {
+            q += (row.token * params->q_stride_token + row.qo_head * params->q_stride_head) *
+                 q_bytes;
+            if (config->q_dtype == state->dot->operand) {
                 memcpy(to, q, (size_t)row_bytes);
             } else {
                 state->vec->load[config->q_dtype]((float *)to, q, config->head_dim_qk);
+            }
+            if (state->changes_queries) {
+                raddle_attention_cpu_query(view->job, &row, view->scratch->turns, (float *)to);
             }
             to += row_bytes;
         }

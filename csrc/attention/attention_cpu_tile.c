@@ -12,6 +12,8 @@ enum {
     PANEL_ROWS = 32, /* their logits (16 KB) stay in the first caches until they are weights */
 };
 
+#define LOG2_E 1.44269504088896340736f
+
 /* ---------------------------------------------------------------- what a row sees */
 
 /* Entries of the tile that lie before token. */
@@ -61,13 +63,76 @@ static bool is_whole(const attention_cpu_view *view, const attention_cpu_tile *t
     return first.last == tile->count && last.first == 0;
 }
 
+/* A weight of 0 times infinity or NaN is NaN, so a tile that some row must not see all of may only
+ * be multiplied as a whole when it has neither. */
+static bool is_finite_16(const raddle_vec_rows *v, int32_t width, uint16_t exponent) {
+    for (int n = 0; n < v->count; n++) {
+        const uint16_t *bits = (const uint16_t *)v->rows[n] + v->offset;
+        uint32_t special = 0;
+        for (int32_t d = 0; d < width; d++) {
+            special |= (bits[d] & exponent) == exponent;
+        }
+        if (special) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool is_finite_8(const raddle_vec_rows *v, int32_t width, uint8_t special_bits) {
+    for (int n = 0; n < v->count; n++) {
+        const uint8_t *bits = (const uint8_t *)v->rows[n] + v->offset;
+        uint32_t special = 0;
+        for (int32_t d = 0; d < width; d++) {
+            special |= (bits[d] & special_bits) == special_bits;
+        }
+        if (special) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool is_finite_32(const raddle_vec_rows *v, int32_t width) {
+    for (int n = 0; n < v->count; n++) {
+        const uint32_t *bits = (const uint32_t *)v->rows[n] + v->offset;
+        uint32_t special = 0;
+        for (int32_t d = 0; d < width; d++) {
+            special |= (bits[d] & 0x7f800000u) == 0x7f800000u;
+        }
+        if (special) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool is_finite(const raddle_vec_rows *v, int32_t width, raddle_dtype dtype) {
+    switch (dtype) {
+    case RADDLE_F16:
+        return is_finite_16(v, width, 0x7c00);
+    case RADDLE_BF16:
+        return is_finite_16(v, width, 0x7f80);
+    case RADDLE_F8_E4M3: /* no infinity; 0x7f is NaN */
+        return is_finite_8(v, width, 0x7f);
+    case RADDLE_F8_E5M2:
+        return is_finite_8(v, width, 0x7c);
+    default:
+        return is_finite_32(v, width);
+    }
+}
+
 /* ---------------------------------------------------------------- one head */
 
 /* One head of the block against one tile. */
 typedef struct tile_view {
     const attention_cpu_view *view;
     const attention_cpu_tile *tile;
-    bool is_whole; /* every row sees every token */
+    int32_t head;
+    bool is_whole;    /* every row sees every token, but for the variant's mask */
+    bool has_mask;    /* the variant's */
+    bool is_plain;    /* logits are products times scale_log2 */
+    float scale_log2; /* in base 2 */
     raddle_vec_rows k, v;
     const char *q; /* [num_rows, head_dim_qk] */
     float *state;  /* [num_rows, 2] */
@@ -77,16 +142,39 @@ typedef struct tile_view {
     int64_t ld;
 } tile_view;
 
-/* Turns logits [first, last) of row r into weights relative to the row's new maximum, and rescales
- * what was summed before. The logits still lack sm_scale. */
-static void weigh_row(const tile_view *t, int32_t r, entry_range range, const float *logits,
+/* Row r's entries [first, last), which hold weights of a row without softmax. */
+static void store_weights(const tile_view *t, int32_t r, const float *x, int32_t count,
+                          int32_t num_seen, void *weights) {
+    const attention_cpu_state *shared = t->view->job->state;
+    float *state = t->state + 2 * (int64_t)r;
+    if (shared->add->operand != RADDLE_F32) {
+        shared->vec->store[shared->add->operand](weights, x, count);
+    }
+    state[0] = 0.0f;
+    state[1] += (float)num_seen;
+}
+
+/* Turns products [first, last) of row r into weights relative to the row's new maximum, and rescales
+ * what was summed before. */
+static void weigh_row(const tile_view *t, int32_t r, entry_range range, float *logits,
                       char *weights) {
     const attention_cpu_state *shared = t->view->job->state;
-    const float scale = t->view->job->params->sm_scale_log2;
     const int32_t width = t->view->job->config->head_dim_vo;
-    float *state = t->state + 2 * (int64_t)r;
     const int32_t count = range.last - range.first;
-    const float tile_max = shared->vec->max(logits + range.first, count) * scale;
+    float *x = logits + range.first;
+    void *to = weights + range.first * shared->operand_bytes;
+    float *state = t->state + 2 * (int64_t)r;
+    float scale = t->scale_log2;
+    if (!t->is_plain) {
+        const int32_t num_seen = raddle_attention_cpu_logits(
+            t->view, t->tile, t->head, t->view->segment->row_begin + r, range.first, count, x);
+        if (t->view->job->config->no_softmax) {
+            store_weights(t, r, x, count, num_seen, to);
+            return;
+        }
+        scale = LOG2_E;
+    }
+    const float tile_max = shared->vec->max(x, count) * scale;
     const float max = tile_max > state[0] ? tile_max : state[0];
     if (max != state[0]) {
         const float factor = exp2f(state[0] - max);
@@ -94,17 +182,15 @@ static void weigh_row(const tile_view *t, int32_t r, entry_range range, const fl
         state[1] *= factor;
         state[0] = max;
     }
-    state[1] +=
-        shared->block->exp2_to(weights + range.first * shared->operand_bytes, logits + range.first,
-                               count, scale, raddle_attention_cpu_base(max));
+    state[1] += shared->add->exp2_to(to, x, count, scale, raddle_attention_cpu_base(max));
 }
 
 /* ---------------------------------------------------------------- few rows */
 
 static void few_logits(const tile_view *t) {
     const int32_t depth = t->view->job->config->head_dim_qk;
-    t->view->job->state->block->dot_rows(t->logits, t->ld, t->q, depth, &t->k, t->view->num_rows,
-                                         depth);
+    t->view->job->state->dot->dot_rows(t->logits, t->ld, t->q, depth, &t->k, t->view->num_rows,
+                                       depth);
 }
 
 static void few_weights(const tile_view *t) {
@@ -120,21 +206,47 @@ static void few_weights(const tile_view *t) {
     }
 }
 
-static void few_sums(const tile_view *t) {
+/* Row r's sums over the entries of range whose weight is not 0. Their weights move together. */
+static void add_seen_rows(const tile_view *t, int32_t r, entry_range range) {
     const attention_cpu_state *shared = t->view->job->state;
     const int32_t width = t->view->job->config->head_dim_vo;
-    if (t->is_whole) {
-        shared->block->add_rows(t->acc, width, t->weights, t->ld, &t->v, t->view->num_rows, width);
+    const size_t bytes = (size_t)shared->operand_bytes;
+    const void *rows[ATTENTION_CPU_TILE_KV];
+    char *weights = t->weights + r * t->ld * shared->operand_bytes;
+    int count = 0;
+    for (int32_t n = range.first; n < range.last; n++) {
+        uint32_t bits = 0;
+        memcpy(&bits, weights + (size_t)n * bytes, bytes);
+        if ((bits << (32 - 8 * bytes) << 1) != 0) { /* neither 0 nor -0 */
+            memcpy(weights + (size_t)count * bytes, &bits, bytes);
+            rows[count++] = t->v.rows[n];
+        }
+    }
+    const raddle_vec_rows seen = {rows, NULL, t->v.offset, count};
+    shared->add->add_rows(t->acc + (int64_t)r * width, width, weights, t->ld, &seen, 1, width);
+}
+
+static void few_sums(const tile_view *t) {
+    const attention_cpu_state *shared = t->view->job->state;
+    const raddle_attention_config *config = t->view->job->config;
+    const int32_t width = config->head_dim_vo;
+    const bool is_apart = t->has_mask && !is_finite(&t->v, width, config->kv_dtype);
+    if (t->is_whole && !is_apart) {
+        shared->add->add_rows(t->acc, width, t->weights, t->ld, &t->v, t->view->num_rows, width);
         return;
     }
     for (int32_t r = 0; r < t->view->num_rows; r++) {
         const entry_range range =
             visible_entries(t->view, t->tile, t->view->segment->row_begin + r);
+        if (is_apart) {
+            add_seen_rows(t, r, range);
+            continue;
+        }
         const raddle_vec_rows seen = {t->v.rows + range.first, NULL, t->v.offset,
                                       range.last - range.first};
-        shared->block->add_rows(t->acc + (int64_t)r * width, width,
-                                t->weights + (r * t->ld + range.first) * shared->operand_bytes,
-                                t->ld, &seen, 1, width);
+        shared->add->add_rows(t->acc + (int64_t)r * width, width,
+                              t->weights + (r * t->ld + range.first) * shared->operand_bytes, t->ld,
+                              &seen, 1, width);
     }
 }
 
@@ -145,30 +257,6 @@ static void attend_few(const tile_view *t) {
 }
 
 /* ---------------------------------------------------------------- many rows */
-
-/* A weight of 0 times infinity or NaN is NaN, so a panel that some row must not see all of may only
- * be multiplied when it has neither. */
-static bool is_finite(const raddle_vec_rows *v, int32_t width, raddle_dtype dtype) {
-    const uint32_t exponent = dtype == RADDLE_F16 ? 0x7c00 : dtype == RADDLE_BF16 ? 0x7f80 : 0;
-    for (int n = 0; n < v->count; n++) {
-        uint32_t special = 0;
-        if (dtype == RADDLE_F32) {
-            const uint32_t *bits = (const uint32_t *)v->rows[n] + v->offset;
-            for (int32_t d = 0; d < width; d++) {
-                special |= (bits[d] & 0x7f800000u) == 0x7f800000u;
-            }
-        } else {
-            const uint16_t *bits = (const uint16_t *)v->rows[n] + v->offset;
-            for (int32_t d = 0; d < width; d++) {
-                special |= (bits[d] & exponent) == exponent;
-            }
-        }
-        if (special) {
-            return false;
-        }
-    }
-    return true;
-}
 
 /* Rows [begin, end) against the packed tile: logits, weights (0 where a row does not see), sums. */
 static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
@@ -188,11 +276,11 @@ static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
             return;
         }
     }
-    shared->block->dot_panel(logits, ld, t->q + begin * config->head_dim_qk * bytes,
-                             config->head_dim_qk, &view->scratch->k_panel, end - begin, all.first,
-                             all.last);
+    shared->dot->dot_panel(logits, ld, t->q + begin * config->head_dim_qk * bytes,
+                           config->head_dim_qk, &view->scratch->k_panel, end - begin, all.first,
+                           all.last);
     for (int32_t r = begin; r < end; r++) {
-        const float *row_logits = logits + (r - begin) * ld;
+        float *row_logits = logits + (r - begin) * ld;
         char *row_weights = weights + (r - begin) * ld * bytes;
         entry_range range = all;
         if (!t->is_whole) {
@@ -206,22 +294,21 @@ static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
         memset(row_weights + range.last * bytes, 0,
                (size_t)((all.last + all.last % 2 - range.last) * bytes));
     }
-    shared->block->add_panel(t->acc + (int64_t)begin * config->head_dim_vo, config->head_dim_vo,
-                             weights, ld, &view->scratch->v_panel, end - begin, all.first,
-                             all.last);
+    shared->add->add_panel(t->acc + (int64_t)begin * config->head_dim_vo, config->head_dim_vo,
+                           weights, ld, &view->scratch->v_panel, end - begin, all.first, all.last);
 }
 
 /* The tile is packed once for all rows. */
 static void attend_many(const tile_view *t) {
     const attention_cpu_view *view = t->view;
-    const raddle_vec_block *block = view->job->state->block;
+    const attention_cpu_state *shared = view->job->state;
     const int32_t width = view->job->config->head_dim_vo;
-    if (!t->is_whole && !is_finite(&t->v, width, view->job->config->kv_dtype)) {
+    if ((!t->is_whole || t->has_mask) && !is_finite(&t->v, width, view->job->config->kv_dtype)) {
         attend_few(t);
         return;
     }
-    block->pack_dot(&view->scratch->k_panel, &t->k);
-    block->pack_add(&view->scratch->v_panel, &t->v);
+    shared->dot->pack_dot(&view->scratch->k_panel, &t->k);
+    shared->add->pack_add(&view->scratch->v_panel, &t->v);
     for (int32_t r = 0; r < view->num_rows; r += PANEL_ROWS) {
         const int32_t left = view->num_rows - r;
         attend_panel_rows(t, r, left < PANEL_ROWS ? view->num_rows : r + PANEL_ROWS);
@@ -237,8 +324,17 @@ static void point_at_head(tile_view *t, const attention_cpu_tile *next, int32_t 
     const int64_t operand_bytes = t->view->job->state->operand_bytes;
     const int64_t row = (int64_t)(head - t->view->head_begin) * t->view->num_rows;
     const bool has_next = next->count > 0;
+    const float scale = raddle_attention_cpu_scale(params, head);
+    t->head = head;
+    /* The largest logit is that of the largest product only if the scale is positive. */
+    t->is_plain = !t->view->job->state->changes_logits && scale > 0.0f;
+    t->scale_log2 = scale * LOG2_E;
     t->k = (raddle_vec_rows){t->tile->tokens->k_rows, has_next ? next->tokens->k_rows : NULL,
                              head * params->k_stride_head, t->tile->count};
+    if (t->view->job->state->changes_keys) {
+        raddle_attention_cpu_keys(t->view, t->tile, next, head);
+        t->k = (raddle_vec_rows){scratch->key_rows, NULL, 0, t->tile->count};
+    }
     t->v = (raddle_vec_rows){t->tile->tokens->v_rows, has_next ? next->tokens->v_rows : NULL,
                              head * params->v_stride_head, t->tile->count};
     t->q = (const char *)scratch->q + row * config->head_dim_qk * operand_bytes;
@@ -252,10 +348,14 @@ void raddle_attention_cpu_attend(const attention_cpu_view *view, const attention
         .view = view,
         .tile = tile,
         .is_whole = is_whole(view, tile),
+        .has_mask = (view->job->config->hooks & RADDLE_HOOK_MASK) != 0,
         .logits = view->scratch->logits,
         .weights = view->scratch->weights,
         .ld = view->job->config->tile_kv,
     };
+    if (view->job->state->changes_keys) {
+        raddle_attention_cpu_begin_keys(view, tile);
+    }
     for (int32_t head = view->head_begin; head < view->head_end; head++) {
         point_at_head(&t, next, head);
         if (view->num_rows < ATTENTION_CPU_MANY_ROWS) {
