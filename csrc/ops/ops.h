@@ -1,8 +1,8 @@
 /* ops.h - what a transformer needs around its attention: norms, rotary embedding, activations,
  * embedding, linear layers, softmax and sampling.
  *
- * The functions here check their arguments once for both back ends (ops_elementwise.c, ops_rope.c,
- * ops_linear.c, ops_sample.c), fill a params struct and hand it to a raddle_ops_backend: ops_cpu*.c
+ * The functions here check their arguments once for both back ends (ops_norm.c, ops_elementwise.c,
+ * ops_rope.c, ops_linear.c, ops_sample.c), fill a params struct and hand it to a raddle_ops_backend: ops_cpu*.c
  * or ops_cuda*.c. They hold no state; only a linear layer has a life of its own.
  *
  * dtypes: float32, float16, bfloat16; arithmetic is float32. Tensors of one call are on one device.
@@ -16,14 +16,20 @@
 
 /* ---------------------------------------------------------------- elementwise */
 
-/* out = x * rsqrt(mean(x^2) + eps) * weight. x and out [.., d], any leading dimensions that strides
- * join to at most two levels; out may be x. weight [d], of x's dtype or float32. */
-raddle_status raddle_ops_rmsnorm(const raddle_tensor *x, const raddle_tensor *weight, float eps,
-                                 const raddle_tensor *out, raddle_stream stream);
-/* residual += x (rounded to its dtype), then x = rmsnorm(residual). */
-raddle_status raddle_ops_fused_add_rmsnorm(const raddle_tensor *x, const raddle_tensor *residual,
-                                           const raddle_tensor *weight, float eps,
-                                           raddle_stream stream);
+/* out = norm(x) * (weight + weight_offset), rounded once. x, residual and out [.., d], any leading
+ * dimensions that strides join to at most two levels; out may be x. */
+typedef struct raddle_ops_norm_args {
+    const raddle_tensor *x;
+    const raddle_tensor *residual; /* or NULL: residual += x first (rounded to its dtype), and the
+                                      norm is of that */
+    const raddle_tensor *weight;   /* [d], of x's dtype or float32 */
+    const raddle_tensor *bias; /* [d], of weight's dtype: a layer norm, (x - mean) over the standard
+                                      deviation, + bias; NULL: x over its root mean square */
+    const raddle_tensor *out;  /* of x's dtype, or float8: then of the result over scale */
+    const raddle_tensor *scale_tensor; /* one float32 on the host or x's device; NULL: scale */
+    float eps, weight_offset, scale;
+} raddle_ops_norm_args;
+raddle_status raddle_ops_norm(const raddle_ops_norm_args *args, raddle_stream stream);
 /* x [.., 2d] -> out [.., d] = activation(x[.., :d]) * x[.., d:]; activation: RADDLE_OPS_SILU, .. */
 raddle_status raddle_ops_act_and_mul(int32_t activation, const raddle_tensor *x,
                                      const raddle_tensor *out, raddle_stream stream);

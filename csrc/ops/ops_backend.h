@@ -45,8 +45,8 @@ typedef struct raddle_ops_sample_job {
 
 typedef struct raddle_ops_backend {
     const char *name;
-    raddle_status (*rmsnorm)(int32_t device, const raddle_ops_rmsnorm_params *params,
-                             raddle_stream stream);
+    raddle_status (*norm)(int32_t device, const raddle_ops_norm_params *params,
+                          raddle_stream stream);
     raddle_status (*act_and_mul)(int32_t device, const raddle_ops_act_params *params,
                                  raddle_stream stream);
     raddle_status (*embedding)(int32_t device, const raddle_ops_embedding_params *params,

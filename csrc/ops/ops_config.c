@@ -11,13 +11,16 @@ static const int32_t row_threads[RADDLE_OPS_NUM_ROW_THREADS] = {32, 128, 256, 51
 
 enum {
     NUM_DTYPES = 3,
-    VECTORS_KEPT = 2 /* ITEMS of ops_rmsnorm.cu */
+    VECTORS_KEPT = 2 /* ITEMS of ops_norm.cu */
 };
 
 static const char *const names[RADDLE_OPS_NUM_KERNELS] = {
-    [RADDLE_OPS_RMSNORM] = "ops/ops_rmsnorm",         [RADDLE_OPS_ROPE] = "ops/ops_rope",
-    [RADDLE_OPS_ACT_AND_MUL] = "ops/ops_act_and_mul", [RADDLE_OPS_EMBEDDING] = "ops/ops_embedding",
-    [RADDLE_OPS_SOFTMAX] = "ops/ops_softmax",         [RADDLE_OPS_SAMPLE] = "ops/ops_sample",
+    [RADDLE_OPS_NORM] = "ops/ops_norm",
+    [RADDLE_OPS_ROPE] = "ops/ops_rope",
+    [RADDLE_OPS_ACT_AND_MUL] = "ops/ops_act_and_mul",
+    [RADDLE_OPS_EMBEDDING] = "ops/ops_embedding",
+    [RADDLE_OPS_SOFTMAX] = "ops/ops_softmax",
+    [RADDLE_OPS_SAMPLE] = "ops/ops_sample",
     [RADDLE_OPS_LOGPROBS] = "ops/ops_logprobs",
 };
 
@@ -63,6 +66,10 @@ static const char *type_name(raddle_dtype dtype) {
     return dtype == RADDLE_BF16 ? "bf16" : dtype == RADDLE_F16 ? "f16" : "f32";
 }
 
+static int has(const raddle_ops_config *config, int32_t part) {
+    return (config->variant & part) != 0;
+}
+
 const char *raddle_ops_config_name(const raddle_ops_config *config) {
     return names[config->kernel];
 }
@@ -73,13 +80,15 @@ void raddle_ops_config_text(const raddle_ops_config *config, char text[RADDLE_OP
     const int bytes = (int)raddle_dtype_bytes(config->dtype);
     const size_t size = RADDLE_OPS_CONFIG_BYTES;
     switch (config->kernel) {
-    case RADDLE_OPS_RMSNORM:
+    case RADDLE_OPS_NORM:
         snprintf(text, size,
                  "#define RADDLE_TYPE %s\n#define RADDLE_WEIGHT_TYPE %s\n"
-                 "#define RADDLE_HAS_RESIDUAL %d\n#define RADDLE_VECTOR %d\n"
+                 "#define RADDLE_HAS_RESIDUAL %d\n#define RADDLE_IS_CENTERED %d\n"
+                 "#define RADDLE_IS_FP8 %d\n#define RADDLE_VECTOR %d\n"
                  "#define RADDLE_ROW_THREADS %d\n",
-                 type, config->variant & 2 ? "f32" : type, config->variant & 1, vector,
-                 (int)config->row_threads);
+                 type, has(config, RADDLE_OPS_NORM_F32_WEIGHT) ? "f32" : type,
+                 has(config, RADDLE_OPS_NORM_RESIDUAL), has(config, RADDLE_OPS_NORM_CENTERED),
+                 has(config, RADDLE_OPS_NORM_FP8), vector, (int)config->row_threads);
         break;
     case RADDLE_OPS_ROPE:
         snprintf(text, size,
@@ -106,16 +115,20 @@ void raddle_ops_config_text(const raddle_ops_config *config, char text[RADDLE_OP
 /* Every kernel in its common forms, and each unaligned form once: the rest is compiled when needed.
  */
 static const raddle_ops_config listed[] = {
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, true, 0, 32},
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, true, 0, 256},
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, true, 1, 128},
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, true, 1, 256},
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, true, 1, 512},
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, true, 3, 512},
-    {RADDLE_OPS_RMSNORM, RADDLE_BF16, false, 1, 512},
-    {RADDLE_OPS_RMSNORM, RADDLE_F16, true, 0, 256},
-    {RADDLE_OPS_RMSNORM, RADDLE_F16, true, 1, 256},
-    {RADDLE_OPS_RMSNORM, RADDLE_F32, true, 1, 512},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, 0, 32},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, 0, 256},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, 1, 128},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, 1, 256},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, 1, 512},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, 3, 512},
+    {RADDLE_OPS_NORM, RADDLE_BF16, false, 1, 512},
+    {RADDLE_OPS_NORM, RADDLE_F16, true, 0, 256},
+    {RADDLE_OPS_NORM, RADDLE_F16, true, 1, 256},
+    {RADDLE_OPS_NORM, RADDLE_F32, true, 1, 512},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, RADDLE_OPS_NORM_FP8, 256},
+    {RADDLE_OPS_NORM, RADDLE_F16, false, RADDLE_OPS_NORM_FP8 | RADDLE_OPS_NORM_RESIDUAL, 512},
+    {RADDLE_OPS_NORM, RADDLE_BF16, true, RADDLE_OPS_NORM_CENTERED | RADDLE_OPS_NORM_F32_WEIGHT,
+     512},
     {RADDLE_OPS_ROPE, RADDLE_BF16, true, 0, 0},
     {RADDLE_OPS_ROPE, RADDLE_BF16, true, 1, 0},
     {RADDLE_OPS_ROPE, RADDLE_BF16, false, 0, 0},

@@ -5,7 +5,7 @@
 #include "base/status.h"
 
 typedef enum raddle_ops_kernel {
-    RADDLE_OPS_RMSNORM,
+    RADDLE_OPS_NORM,
     RADDLE_OPS_ROPE,
     RADDLE_OPS_ACT_AND_MUL,
     RADDLE_OPS_EMBEDDING,
@@ -17,14 +17,25 @@ typedef enum raddle_ops_kernel {
 
 typedef struct raddle_ops_config {
     raddle_ops_kernel kernel;
-    raddle_dtype dtype; /* float32, float16, bfloat16; embedding: only its size counts */
-    bool is_vector;     /* rows are read 16 bytes at a time */
-    int32_t
-        variant; /* rmsnorm: 1 residual, 2 float32 weight, or both; rope: interleave; act: which */
-    int32_t row_threads; /* rmsnorm: 32, 128, 256 or 512 */
+    raddle_dtype dtype;  /* float32, float16, bfloat16; embedding: only its size counts */
+    bool is_vector;      /* rows are read 16 bytes at a time */
+    int32_t variant;     /* norm: RADDLE_OPS_NORM_*; rope: interleave; act: which */
+    int32_t row_threads; /* norm: 32, 128, 256 or 512 */
 } raddle_ops_config;
 
-enum { RADDLE_OPS_CONFIG_BYTES = 256, RADDLE_OPS_MAX_VARIANTS = 4, RADDLE_OPS_NUM_ROW_THREADS = 4 };
+enum {
+    RADDLE_OPS_CONFIG_BYTES = 256,
+    RADDLE_OPS_MAX_VARIANTS = 16,
+    RADDLE_OPS_NUM_ROW_THREADS = 4
+};
+
+/* Parts of a norm's variant. */
+enum {
+    RADDLE_OPS_NORM_RESIDUAL = 1,
+    RADDLE_OPS_NORM_F32_WEIGHT = 2,
+    RADDLE_OPS_NORM_CENTERED = 4,
+    RADDLE_OPS_NORM_FP8 = 8
+};
 
 /* 0 .. raddle_ops_num_config_ids() - 1, different for different configs. */
 int raddle_ops_config_id(const raddle_ops_config *config);

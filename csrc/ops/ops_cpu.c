@@ -1,4 +1,4 @@
-/* ops_cpu.c - the CPU back end of norms, rotary embedding, activations and the embedding.
+/* ops_cpu.c - the CPU back end of rotary embedding, activations and the embedding.
  *
  * Rows are widened to float32 in blocks that stay in the L1 cache, worked on, and rounded back
  * once.
@@ -17,8 +17,7 @@ enum {
         1 << 12 /* less than this is not worth sharing (a decode step of 64 x 256) */
 };
 
-/* Rows of this many elements that make one piece of work. */
-static int64_t rows_per_task(int64_t elements) {
+int64_t raddle_ops_cpu_rows_per_task(int64_t elements) {
     return elements >= ELEMENTS_PER_TASK ? 1 : ELEMENTS_PER_TASK / elements;
 }
 
@@ -28,82 +27,6 @@ static void *at(const void *data, int64_t element, size_t element_bytes) {
 
 static int block_length(int64_t begin, int64_t end) {
     return end - begin < BLOCK ? (int)(end - begin) : BLOCK;
-}
-
-/* ---------------------------------------------------------------- rmsnorm */
-
-typedef struct rmsnorm_job {
-    const raddle_ops_rmsnorm_params *params;
-    const raddle_vec *vec;
-    size_t element_bytes, weight_bytes;
-} rmsnorm_job;
-
-/* residual += x, rounded to the stored type; the norm reads it back. */
-static void add_to_residual(const rmsnorm_job *job, const void *x, void *residual) {
-    const raddle_ops_rmsnorm_params *p = job->params;
-    float a[BLOCK], b[BLOCK];
-    for (int64_t d = 0; d < p->width; d += BLOCK) {
-        const int count = block_length(d, p->width);
-        job->vec->load[p->dtype](a, at(x, d, job->element_bytes), count);
-        job->vec->load[p->dtype](b, at(residual, d, job->element_bytes), count);
-        for (int i = 0; i < count; i++) {
-            b[i] += a[i];
-        }
-        job->vec->store[p->dtype](at(residual, d, job->element_bytes), b, count);
-    }
-}
-
-static void rmsnorm_row(const rmsnorm_job *job, const void *x, void *out) {
-    const raddle_ops_rmsnorm_params *p = job->params;
-    float row[BLOCK], weight[BLOCK];
-    double sum = 0; /* of blocks: the order of a float32 sum over a whole row would show */
-    for (int64_t d = 0; d < p->width; d += BLOCK) {
-        const int count = block_length(d, p->width);
-        job->vec->load[p->dtype](row, at(x, d, job->element_bytes), count);
-        sum += (double)job->vec->sum_squares(row, count);
-    }
-    const float scale = (float)(1.0 / sqrt(sum / p->width + (double)p->eps));
-    for (int64_t d = 0; d < p->width; d += BLOCK) {
-        const int count = block_length(d, p->width);
-        if (p->width > BLOCK) {
-            job->vec->load[p->dtype](row, at(x, d, job->element_bytes), count);
-        }
-        job->vec->load[p->weight_dtype](weight, at(p->weight, d, job->weight_bytes), count);
-        for (int i = 0; i < count; i++) {
-            row[i] = row[i] * scale * weight[i];
-        }
-        job->vec->store[p->dtype](at(out, d, job->element_bytes), row, count);
-    }
-}
-
-static void rmsnorm_rows(void *context, int64_t begin, int64_t end, int worker) {
-    const rmsnorm_job *job = context;
-    const raddle_ops_rmsnorm_params *p = job->params;
-    const size_t bytes = job->element_bytes;
-    (void)worker;
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t row = i / p->heads, head = i % p->heads;
-        const void *x = at(p->x, row * p->x_stride_row + head * p->x_stride_head, bytes);
-        void *out = at(p->out, row * p->out_stride_row + head * p->out_stride_head, bytes);
-        if (p->residual) {
-            void *residual = at(
-                p->residual, row * p->residual_stride_row + head * p->residual_stride_head, bytes);
-            add_to_residual(job, x, residual);
-            x = residual;
-        }
-        rmsnorm_row(job, x, out);
-    }
-}
-
-static raddle_status run_rmsnorm(int32_t device, const raddle_ops_rmsnorm_params *params,
-                                 raddle_stream stream) {
-    (void)device;
-    (void)stream;
-    rmsnorm_job job = {params, raddle_vec_get(), raddle_dtype_bytes(params->dtype),
-                       raddle_dtype_bytes(params->weight_dtype)};
-    raddle_threads_for(rmsnorm_rows, &job, params->rows * params->heads,
-                       rows_per_task(params->width));
-    return RADDLE_OK;
 }
 
 /* ---------------------------------------------------------------- rotary embedding */
@@ -198,7 +121,8 @@ static raddle_status run_rope(int32_t device, const raddle_ops_rope_params *para
     rope_job job = {params, raddle_vec_get(), raddle_dtype_bytes(params->dtype)};
     const int64_t heads = params->num_qo_heads + params->num_kv_heads;
     if (heads > 0) {
-        raddle_threads_for(rope_rows, &job, params->rows, rows_per_task(heads * params->head_dim));
+        raddle_threads_for(rope_rows, &job, params->rows,
+                           raddle_ops_cpu_rows_per_task(heads * params->head_dim));
     }
     return RADDLE_OK;
 }
@@ -243,7 +167,7 @@ static raddle_status run_act_and_mul(int32_t device, const raddle_ops_act_params
     (void)stream;
     act_job job = {params, raddle_vec_get(), raddle_dtype_bytes(params->dtype)};
     raddle_threads_for(act_rows, &job, params->rows * params->heads,
-                       rows_per_task(2 * (int64_t)params->width));
+                       raddle_ops_cpu_rows_per_task(2 * (int64_t)params->width));
     return RADDLE_OK;
 }
 
@@ -277,7 +201,8 @@ static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_pa
                        (long long)id, (long long)i, (long long)params->vocab);
     }
     embedding_job job = {params, raddle_dtype_bytes(params->dtype)};
-    raddle_threads_for(embedding_rows, &job, params->rows, rows_per_task(params->width));
+    raddle_threads_for(embedding_rows, &job, params->rows,
+                       raddle_ops_cpu_rows_per_task(params->width));
     return RADDLE_OK;
 }
 
@@ -285,7 +210,7 @@ static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_pa
 
 const raddle_ops_backend raddle_ops_backend_cpu = {
     .name = "cpu",
-    .rmsnorm = run_rmsnorm,
+    .norm = raddle_ops_cpu_norm,
     .act_and_mul = run_act_and_mul,
     .embedding = run_embedding,
     .rope = run_rope,

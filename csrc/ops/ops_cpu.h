@@ -25,6 +25,13 @@ extern const raddle_ops_cpu_loops raddle_ops_cpu_loops_avx512;
 /* The table for isa.h's choice; never NULL. */
 const raddle_ops_cpu_loops *raddle_ops_cpu_loops_get(void);
 
+/* ops_cpu.c: rows of so many elements that make one piece of work. */
+int64_t raddle_ops_cpu_rows_per_task(int64_t elements);
+
+/* ops_cpu_norm.c */
+raddle_status raddle_ops_cpu_norm(int32_t device, const raddle_ops_norm_params *params,
+                                  raddle_stream stream);
+
 /* ops_cpu_sample.c */
 raddle_status raddle_ops_cpu_softmax(int32_t device, const raddle_ops_softmax_params *params,
                                      raddle_stream stream);

@@ -14,8 +14,8 @@
 
 enum {
     MAX_CACHED_DEVICES = 16,
-    MAX_CONFIG_IDS = 1024,
-    NORM_CTA_THREADS = 128, /* at least; ops_rmsnorm.cu's CTA_THREADS */
+    MAX_CONFIG_IDS = 4096,
+    NORM_CTA_THREADS = 128, /* at least; ops_norm.cu's CTA_THREADS */
     ROPE_CTA_THREADS = 128,
     ACT_CTA_THREADS = 256,
     EMBEDDING_CTA_THREADS = 128,
@@ -83,20 +83,24 @@ static bool is_aligned(const void *data, int64_t stride_row, int64_t stride_head
 
 /* ---------------------------------------------------------------- elementwise */
 
-static raddle_status run_rmsnorm(int32_t device, const raddle_ops_rmsnorm_params *p,
-                                 raddle_stream stream) {
+static raddle_status run_norm(int32_t device, const raddle_ops_norm_params *p,
+                              raddle_stream stream) {
     const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
-    const bool has_other_weight = p->weight_dtype != p->dtype;
+    /* Strides of an 8-bit out count as x's: as many elements are stored at a time as are loaded. */
+    const uintptr_t out = (uintptr_t)p->out * (p->out_is_fp8 ? bytes : 1);
     raddle_ops_config config = {
-        .kernel = RADDLE_OPS_RMSNORM,
+        .kernel = RADDLE_OPS_NORM,
         .dtype = (raddle_dtype)p->dtype,
         .is_vector =
             (size_t)p->width * bytes % 16 == 0 &&
             is_aligned(p->x, p->x_stride_row, p->x_stride_head, bytes) &&
             is_aligned(p->residual, p->residual_stride_row, p->residual_stride_head, bytes) &&
-            is_aligned(p->out, p->out_stride_row, p->out_stride_head, bytes) &&
-            is_aligned(p->weight, 0, 0, 1),
-        .variant = (p->residual ? 1 : 0) + (has_other_weight ? 2 : 0),
+            is_aligned((const void *)out, p->out_stride_row, p->out_stride_head, bytes) &&
+            is_aligned(p->weight, 0, 0, 1) && is_aligned(p->bias, 0, 0, 1),
+        .variant = (p->residual ? RADDLE_OPS_NORM_RESIDUAL : 0) |
+                   (p->weight_dtype != p->dtype ? RADDLE_OPS_NORM_F32_WEIGHT : 0) |
+                   (p->is_centered ? RADDLE_OPS_NORM_CENTERED : 0) |
+                   (p->out_is_fp8 ? RADDLE_OPS_NORM_FP8 : 0),
     };
     config.row_threads = raddle_ops_row_threads(p->width, raddle_ops_config_vector(&config));
     const int32_t threads =
@@ -229,7 +233,7 @@ static raddle_status run_logprobs(int32_t device, const raddle_ops_logprobs_para
 
 const raddle_ops_backend raddle_ops_backend_cuda = {
     .name = "cuda",
-    .rmsnorm = run_rmsnorm,
+    .norm = run_norm,
     .act_and_mul = run_act_and_mul,
     .embedding = run_embedding,
     .rope = run_rope,

@@ -82,9 +82,8 @@ void raddle_py_ops_end_work(PyThreadState *state) {
     }
 }
 
-/* Closes args; the result, or the exception of status. Takes over the reference to result. */
-static PyObject *finish(raddle_status status, PyObject *result, raddle_tensor_arg *args,
-                        int count) {
+PyObject *raddle_py_ops_finish(raddle_status status, PyObject *result, raddle_tensor_arg *args,
+                               int count) {
     raddle_py_ops_close(args, count);
     if (status != RADDLE_OK) {
         Py_XDECREF(result);
@@ -93,11 +92,23 @@ static PyObject *finish(raddle_status status, PyObject *result, raddle_tensor_ar
     return result;
 }
 
-/* The same when a Python exception is set. */
-static PyObject *abandon(PyObject *result, raddle_tensor_arg *args, int count) {
+PyObject *raddle_py_ops_abandon(PyObject *result, raddle_tensor_arg *args, int count) {
     raddle_py_ops_close(args, count);
     Py_XDECREF(result);
     return NULL;
+}
+
+bool raddle_py_ops_is_tensor(PyObject *object) {
+    if (PyFloat_CheckExact(object) || PyLong_CheckExact(object)) {
+        return false;
+    }
+    PyObject *method = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__dlpack__");
+    if (!method) {
+        PyErr_Clear();
+        return false;
+    }
+    Py_DECREF(method);
+    return true;
 }
 
 static int parse_double(PyObject *object, const char *name, double *out_value) {
@@ -111,76 +122,13 @@ static int parse_double(PyObject *object, const char *name, double *out_value) {
     return 0;
 }
 
-static int parse_float(PyObject *object, const char *name, float *out_value) {
+int raddle_py_ops_parse_float(PyObject *object, const char *name, float *out_value) {
     double value;
     if (parse_double(object, name, &value) < 0) {
         return -1;
     }
     *out_value = (float)value;
     return 0;
-}
-
-/* ------------------------------------------------------------------ norms */
-
-PyDoc_STRVAR(rmsnorm_doc, "ops_rmsnorm(x, weight, eps, out, dtype, stream, /)\n--\n\n"
-                          "Root mean square norm over the last dimension.");
-
-static PyObject *rmsnorm(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"x", "weight"};
-    static const int access[] = {RADDLE_ARG_READ, RADDLE_ARG_READ};
-    enum { X, WEIGHT, OUT, NUM };
-    raddle_tensor_arg args[NUM] = {0};
-    raddle_dtype bits;
-    raddle_stream stream;
-    float eps;
-    (void)module;
-    if (raddle_py_ops_check_count("ops_rmsnorm", count, 6) < 0 ||
-        parse_float(objects[2], "eps", &eps) < 0 ||
-        raddle_dtype_from_object(objects[4], "dtype", &bits) < 0 ||
-        raddle_py_ops_open(objects, names, access, 2, bits, args) < 0) {
-        return NULL;
-    }
-    const raddle_tensor *x = args[X].view;
-    PyObject *out = raddle_py_ops_result(objects[3], "out", objects[0], x->shape, x->ndim, x->dtype,
-                                         x->device, &args[OUT]);
-    if (!out || raddle_stream_from_args(objects[5], args, NUM, &stream) < 0) {
-        return abandon(out, args, NUM);
-    }
-    PyThreadState *state = raddle_py_ops_begin_work(x->device, raddle_tensor_count(x));
-    const raddle_status status =
-        raddle_ops_rmsnorm(x, args[WEIGHT].view, eps, args[OUT].view, stream);
-    raddle_py_ops_end_work(state);
-    return finish(status, out, args, NUM);
-}
-
-PyDoc_STRVAR(fused_add_rmsnorm_doc,
-             "ops_fused_add_rmsnorm(x, residual, weight, eps, dtype, stream, /)\n--\n\n"
-             "residual += x, then x = rmsnorm(residual).");
-
-static PyObject *fused_add_rmsnorm(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"x", "residual", "weight"};
-    static const int access[] = {RADDLE_ARG_WRITE, RADDLE_ARG_WRITE, RADDLE_ARG_READ};
-    enum { X, RESIDUAL, WEIGHT, NUM };
-    raddle_tensor_arg args[NUM];
-    raddle_dtype bits;
-    raddle_stream stream;
-    float eps;
-    (void)module;
-    if (raddle_py_ops_check_count("ops_fused_add_rmsnorm", count, 6) < 0 ||
-        parse_float(objects[3], "eps", &eps) < 0 ||
-        raddle_dtype_from_object(objects[4], "dtype", &bits) < 0 ||
-        raddle_py_ops_open(objects, names, access, NUM, bits, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[5], args, NUM, &stream) < 0) {
-        return abandon(NULL, args, NUM);
-    }
-    const raddle_tensor *x = args[X].view;
-    PyThreadState *state = raddle_py_ops_begin_work(x->device, raddle_tensor_count(x));
-    const raddle_status status =
-        raddle_ops_fused_add_rmsnorm(x, args[RESIDUAL].view, args[WEIGHT].view, eps, stream);
-    raddle_py_ops_end_work(state);
-    return finish(status, Py_NewRef(Py_None), args, NUM);
 }
 
 /* ------------------------------------------------------------------ activations and embedding */
@@ -213,13 +161,13 @@ static PyObject *act_and_mul(PyObject *module, PyObject *const *objects, Py_ssiz
     PyObject *out = raddle_py_ops_result(objects[2], "out", objects[1], shape, x->ndim, x->dtype,
                                          x->device, &args[OUT]);
     if (!out || raddle_stream_from_args(objects[4], args, NUM, &stream) < 0) {
-        return abandon(out, args, NUM);
+        return raddle_py_ops_abandon(out, args, NUM);
     }
     PyThreadState *state = raddle_py_ops_begin_work(x->device, raddle_tensor_count(x));
     const raddle_status status =
         raddle_ops_act_and_mul((int32_t)activation, x, args[OUT].view, stream);
     raddle_py_ops_end_work(state);
-    return finish(status, out, args, NUM);
+    return raddle_py_ops_finish(status, out, args, NUM);
 }
 
 PyDoc_STRVAR(embedding_doc, "ops_embedding(ids, table, out, dtype, stream, /)\n--\n\n"
@@ -245,12 +193,12 @@ static PyObject *embedding(PyObject *module, PyObject *const *objects, Py_ssize_
     PyObject *out = raddle_py_ops_result(objects[2], "out", objects[1], shape, 2, table->dtype,
                                          table->device, &args[OUT]);
     if (!out || raddle_stream_from_args(objects[4], args, NUM, &stream) < 0) {
-        return abandon(out, args, NUM);
+        return raddle_py_ops_abandon(out, args, NUM);
     }
     PyThreadState *state = raddle_py_ops_begin_work(table->device, shape[0] * shape[1]);
     const raddle_status status = raddle_ops_embedding(ids, table, args[OUT].view, stream);
     raddle_py_ops_end_work(state);
-    return finish(status, out, args, NUM);
+    return raddle_py_ops_finish(status, out, args, NUM);
 }
 
 /* ------------------------------------------------------------------ rotary embedding */
@@ -355,14 +303,14 @@ static PyObject *apply_rope(PyObject *module, PyObject *const *objects, Py_ssize
         return NULL;
     }
     if (raddle_stream_from_args(objects[6], args, NUM, &stream) < 0) {
-        return abandon(NULL, args, NUM);
+        return raddle_py_ops_abandon(NULL, args, NUM);
     }
     const raddle_tensor *q = args[Q].view;
     PyThreadState *state = raddle_py_ops_begin_work(q->device, raddle_tensor_count(q));
     const raddle_status status = raddle_ops_apply_rope(q, args[K].view, args[POSITIONS].view,
                                                        args[CACHE].view, interleave != 0, stream);
     raddle_py_ops_end_work(state);
-    return finish(status, Py_NewRef(Py_None), args, NUM);
+    return raddle_py_ops_finish(status, Py_NewRef(Py_None), args, NUM);
 }
 
 /* ------------------------------------------------------------------ softmax and log-probabilities
@@ -381,7 +329,7 @@ static PyObject *softmax(PyObject *module, PyObject *const *objects, Py_ssize_t 
     float temperature;
     (void)module;
     if (raddle_py_ops_check_count("ops_softmax", count, 5) < 0 ||
-        parse_float(objects[1], "temperature", &temperature) < 0 ||
+        raddle_py_ops_parse_float(objects[1], "temperature", &temperature) < 0 ||
         raddle_dtype_from_object(objects[3], "dtype", &bits) < 0 ||
         raddle_py_ops_open(objects, names, access, 1, bits, args) < 0) {
         return NULL;
@@ -390,12 +338,12 @@ static PyObject *softmax(PyObject *module, PyObject *const *objects, Py_ssize_t 
     PyObject *out = raddle_py_ops_result(objects[2], "out", objects[0], logits->shape, logits->ndim,
                                          RADDLE_F32, logits->device, &args[OUT]);
     if (!out || raddle_stream_from_args(objects[4], args, NUM, &stream) < 0) {
-        return abandon(out, args, NUM);
+        return raddle_py_ops_abandon(out, args, NUM);
     }
     PyThreadState *state = raddle_py_ops_begin_work(logits->device, raddle_tensor_count(logits));
     const raddle_status status = raddle_ops_softmax(logits, temperature, args[OUT].view, stream);
     raddle_py_ops_end_work(state);
-    return finish(status, out, args, NUM);
+    return raddle_py_ops_finish(status, out, args, NUM);
 }
 
 PyDoc_STRVAR(token_logprobs_doc, "ops_token_logprobs(logits, ids, top, dtype, stream, /)\n--\n\n"
@@ -487,13 +435,13 @@ static int parse_top_k(PyObject *object, int32_t *out_value) {
 static int parse_setting(PyObject *object, int setting, raddle_ops_sample_row *row) {
     switch (setting) {
     case TEMPERATURE:
-        return parse_float(object, "temperature", &row->temperature);
+        return raddle_py_ops_parse_float(object, "temperature", &row->temperature);
     case TOP_K:
         return parse_top_k(object, &row->top_k);
     case TOP_P:
-        return parse_float(object, "top_p", &row->top_p);
+        return raddle_py_ops_parse_float(object, "top_p", &row->top_p);
     case MIN_P:
-        return parse_float(object, "min_p", &row->min_p);
+        return raddle_py_ops_parse_float(object, "min_p", &row->min_p);
     case SEED:
         return parse_u64(object, "seed", &row->seed);
     default:
@@ -516,13 +464,7 @@ static int kind_of_setting(PyObject *object) {
         PyErr_Clear();
         return 0;
     }
-    PyObject *method = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__dlpack__");
-    if (!method) {
-        PyErr_Clear();
-        return 1;
-    }
-    Py_DECREF(method);
-    return 2;
+    return raddle_py_ops_is_tensor(object) ? 2 : 1;
 }
 
 /* Field setting of every row from a sequence of n numbers. */
@@ -620,13 +562,13 @@ static PyObject *sample(PyObject *module, PyObject *const *objects, Py_ssize_t c
     const raddle_tensor *logits = args[LOGITS].view;
     const int64_t n = logits->ndim == 2 ? logits->shape[0] : 0;
     if (open_settings(objects + 1, n, &settings) < 0) {
-        return abandon(NULL, args, NUM);
+        return raddle_py_ops_abandon(NULL, args, NUM);
     }
     PyObject *out = raddle_py_ops_result(objects[7], "out", objects[0], &n, 1, RADDLE_I32,
                                          logits->device, &args[OUT]);
     if (!out || raddle_stream_from_args(objects[9], args, NUM, &stream) < 0) {
         close_settings(&settings);
-        return abandon(out, args, NUM);
+        return raddle_py_ops_abandon(out, args, NUM);
     }
     const raddle_ops_sample_args sample_args = {
         .logits = logits,
@@ -644,15 +586,12 @@ static PyObject *sample(PyObject *module, PyObject *const *objects, Py_ssize_t c
     const raddle_status status = raddle_ops_sample(&sample_args, stream);
     raddle_py_ops_end_work(state);
     close_settings(&settings);
-    return finish(status, out, args, NUM);
+    return raddle_py_ops_finish(status, out, args, NUM);
 }
 
 /* ------------------------------------------------------------------ the table */
 
 static PyMethodDef functions[] = {
-    {"ops_rmsnorm", RADDLE_FASTCALL(rmsnorm), METH_FASTCALL, rmsnorm_doc},
-    {"ops_fused_add_rmsnorm", RADDLE_FASTCALL(fused_add_rmsnorm), METH_FASTCALL,
-     fused_add_rmsnorm_doc},
     {"ops_act_and_mul", RADDLE_FASTCALL(act_and_mul), METH_FASTCALL, act_and_mul_doc},
     {"ops_embedding", RADDLE_FASTCALL(embedding), METH_FASTCALL, embedding_doc},
     {"ops_cos_sin", RADDLE_FASTCALL(cos_sin), METH_FASTCALL, cos_sin_doc},
@@ -664,7 +603,7 @@ static PyMethodDef functions[] = {
 };
 
 int raddle_py_add_ops(PyObject *module) {
-    if (PyModule_AddFunctions(module, functions) < 0) {
+    if (PyModule_AddFunctions(module, functions) < 0 || raddle_py_ops_add_norm(module) < 0) {
         return -1;
     }
     return raddle_py_ops_add_linear(module);

@@ -1,4 +1,4 @@
-/* py_ops.h - what the two files that bind the ops family share. */
+/* py_ops.h - what the files that bind the ops family share. */
 #ifndef RADDLE_PYTHON_PY_OPS_H
 #define RADDLE_PYTHON_PY_OPS_H
 
@@ -22,6 +22,17 @@ PyThreadState *raddle_py_ops_begin_work(raddle_device device, int64_t elements);
 void raddle_py_ops_end_work(PyThreadState *state);
 int raddle_py_ops_check_count(const char *function, Py_ssize_t given, Py_ssize_t wanted);
 
+/* Closes args; the result, or the exception of status. Takes over the reference to result. */
+PyObject *raddle_py_ops_finish(raddle_status status, PyObject *result, raddle_tensor_arg *args,
+                               int count);
+/* The same when a Python exception is set. */
+PyObject *raddle_py_ops_abandon(PyObject *result, raddle_tensor_arg *args, int count);
+int raddle_py_ops_parse_float(PyObject *object, const char *name, float *out_value);
+/* Whether an object of that type can give its memory; scalars of NumPy cannot. */
+bool raddle_py_ops_is_tensor(PyObject *object);
+
+/* py_ops_norm.c */
+int raddle_py_ops_add_norm(PyObject *module);
 /* py_ops_linear.c: the type Linear. */
 int raddle_py_ops_add_linear(PyObject *module);
 

@@ -10,23 +10,26 @@
 
 #include "common/abi.h"
 
-/* out = x * rsqrt(mean(x^2) + eps) * weight; with a residual: residual += x first, and the norm is
- * of that. */
-typedef struct raddle_ops_rmsnorm_params {
+/* out = x * rsqrt(mean(x^2) + eps) * (weight + weight_offset); with a residual: residual += x first,
+ * and the norm is of that. Centred (a layer norm): of x - mean(x), and + bias. An 8-bit float out is
+ * of the result divided by the scale. */
+typedef struct raddle_ops_norm_params {
     void *x;            /* [rows, heads, width] */
     void *residual;     /* [rows, heads, width], or NULL */
     const void *weight; /* [width] */
+    const void *bias;   /* [width], of weight's dtype; NULL unless centred */
     void *out;          /* [rows, heads, width]; may be x */
+    const float *scale; /* [1], or NULL: scale_value */
     int64_t x_stride_row, x_stride_head;
     int64_t residual_stride_row, residual_stride_head;
     int64_t out_stride_row, out_stride_head;
     int64_t rows;
     int32_t heads, width;
     int32_t dtype, weight_dtype;
-    float eps;
-    int32_t reserved;
-} raddle_ops_rmsnorm_params;
-RADDLE_ASSERT_SIZE(raddle_ops_rmsnorm_params, 4 * 8 + 7 * 8 + 6 * 4);
+    int32_t is_centered, out_is_fp8, out_is_e5m2; /* an out that is not fp8 has x's dtype */
+    float eps, weight_offset, scale_value;
+} raddle_ops_norm_params;
+RADDLE_ASSERT_SIZE(raddle_ops_norm_params, 6 * 8 + 7 * 8 + 10 * 4);
 
 /* Rotates the first rotary_dim of every head. Split halves: (i, i + rotary_dim / 2); interleaved:
  * (2i, 2i + 1). */

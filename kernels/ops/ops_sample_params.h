@@ -10,15 +10,7 @@
 #ifndef RADDLE_OPS_SAMPLE_PARAMS_H
 #define RADDLE_OPS_SAMPLE_PARAMS_H
 
-#include "common/abi.h"
-
-#ifdef __CUDACC_RTC__
-#define RADDLE_OPS_SHARED static __device__ __forceinline__
-#else
-#include <math.h>
-#include <string.h>
-#define RADDLE_OPS_SHARED static inline
-#endif
+#include "ops/ops_bits.h"
 
 /* How one row is sampled. */
 typedef struct raddle_ops_sample_row {
@@ -54,27 +46,7 @@ typedef struct raddle_ops_sample_params {
 } raddle_ops_sample_params;
 RADDLE_ASSERT_SIZE(raddle_ops_sample_params, 11 * 8 + 4 * 4 + 64 * 32);
 
-/* ---------------------------------------------------------------- bits */
-
-RADDLE_OPS_SHARED uint32_t raddle_ops_float_bits(float x) {
-#ifdef __CUDACC_RTC__
-    return __float_as_uint(x);
-#else
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return bits;
-#endif
-}
-
-RADDLE_OPS_SHARED float raddle_ops_bits_float(uint32_t bits) {
-#ifdef __CUDACC_RTC__
-    return __uint_as_float(bits);
-#else
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-#endif
-}
+/* ---------------------------------------------------------------- order */
 
 /* Unsigned order of the keys is the order of the floats; -0 and +0 are equal. x is not NaN. */
 RADDLE_OPS_SHARED uint32_t raddle_ops_key(float x) {

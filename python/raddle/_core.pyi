@@ -211,20 +211,15 @@ class Linear:
     def device(self) -> str: ...
     def run(self, x: _AnyTensor, out: _AnyTensor | None, stream: _Stream, /) -> Any: ...
 
-def ops_rmsnorm(
+def ops_norm(
     x: _AnyTensor,
+    residual: _AnyTensor | None,
     weight: _AnyTensor,
+    bias: _AnyTensor | None,
     eps: float,
+    weight_offset: float,
+    scale: Any,
     out: _AnyTensor | None,
-    dtype: _DType,
-    stream: _Stream,
-    /,
-) -> Any: ...
-def ops_fused_add_rmsnorm(
-    x: _AnyTensor,
-    residual: _AnyTensor,
-    weight: _AnyTensor,
-    eps: float,
     dtype: _DType,
     stream: _Stream,
     /,

@@ -25,6 +25,7 @@ __all__ = [
     "fused_add_rmsnorm",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
+    "layernorm",
     "rmsnorm",
     "rope_cos_sin_cache",
     "sample",
@@ -36,22 +37,54 @@ __all__ = [
 _SILU, _GELU, _GELU_TANH = range(3)
 
 
-def rmsnorm(x, weight, eps=1e-6, *, out=None, dtype=None, stream=None):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+def rmsnorm(
+    x, weight, eps=1e-6, *, weight_offset=0.0, out=None, scale=None, dtype=None, stream=None
+):
+    """x / sqrt(mean(x^2) + eps) * (weight + weight_offset) over the last dimension (arXiv
+    1910.07467; Gemma's weight_offset is 1).
 
     x [.., d], for example [n, d], or [n, heads, head_dim] for a norm of every head; leading
-    dimensions may be strided. weight [d], of x's dtype or float32. out: like x, may be x itself.
+    dimensions may be strided. weight [d], of x's dtype or float32. out: like x, may be x itself;
+    or float8_e4m3fn or float8_e5m2, which gets the result divided by scale: a number, or a tensor
+    of one float32 on the host or on x's device, where a captured graph sees new values. What is
+    past the largest 8-bit number becomes that number.
     """
-    return _core.ops_rmsnorm(x, weight, eps, out, dtype, stream)
+    return _core.ops_norm(x, None, weight, None, eps, weight_offset, scale, out, dtype, stream)
 
 
-def fused_add_rmsnorm(x, residual, weight, eps=1e-6, *, dtype=None, stream=None):
-    """residual += x, then x = rmsnorm(residual, weight, eps); both in place.
+def fused_add_rmsnorm(
+    x,
+    residual,
+    weight,
+    eps=1e-6,
+    *,
+    weight_offset=0.0,
+    out=None,
+    scale=None,
+    dtype=None,
+    stream=None,
+):
+    """residual += x, then out = rmsnorm(residual, weight, eps); without out, x takes the result.
 
     x and residual [.., d] of one dtype, in different memory. The norm is of the sum as it was
-    rounded into residual: the same as the two steps one after the other.
+    rounded into residual: the same as the two steps one after the other. weight_offset, out and
+    scale as in rmsnorm.
     """
-    return _core.ops_fused_add_rmsnorm(x, residual, weight, eps, dtype, stream)
+    out = x if out is None else out
+    _core.ops_norm(x, residual, weight, None, eps, weight_offset, scale, out, dtype, stream)
+
+
+def layernorm(x, weight, bias, eps=1e-6, *, out=None, scale=None, dtype=None, stream=None):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension (arXiv
+    1607.06450; var is the mean square of the differences).
+
+    weight and bias [d] of one dtype, x's or float32; the rest as in rmsnorm.
+    """
+    if bias is None:
+        from .errors import DTypeError
+
+        raise DTypeError("bias: expected a tensor, got None; zeros add nothing")
+    return _core.ops_norm(x, None, weight, bias, eps, 0.0, scale, out, dtype, stream)
 
 
 def silu_and_mul(x, *, out=None, dtype=None, stream=None):
