@@ -67,9 +67,7 @@ def refuse_unsupported(query, key, value, s_aux, dropout, kwargs):
     if dropout:
         raise UnsupportedError(f"dropout: raddle has none, got {dropout}; call model.eval(){HINT}")
     if kwargs.get("output_attentions"):
-        raise UnsupportedError(
-            f"output_attentions: raddle never makes the attention weights{HINT}"
-        )
+        raise UnsupportedError(f"output_attentions: raddle never makes the attention weights{HINT}")
     for name in UNKNOWN:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{name}: raddle does not know how to apply it{HINT}")
@@ -99,6 +97,8 @@ def get_step(mask, key, is_causal, sliding_window):
     """The Step of a mask as the attention function gets it."""
     tokens = key.shape[2]
     step = getattr(mask, "raddle_step", None)
+    if isinstance(step, UnsupportedError):
+        raise step
     if step is None and mask is None:
         return Step(is_causal, sliding_window, tokens, None)
     if step is None:  # of a model that makes its masks without asking, or lost on the way
@@ -128,7 +128,9 @@ def run_dense(query, key, value, step, *, scaling, softcap, sinks):
     """[batch, tokens, heads, dim_vo] of query over the K and V of a cache."""
     batch, heads, qo_len, _ = query.shape
     if not step.causal and step.window is not None:
-        raise UnsupportedError(f"sliding_window: raddle's looks back only, this one both ways{HINT}")
+        raise UnsupportedError(
+            f"sliding_window: raddle's looks back only, this one both ways{HINT}"
+        )
     if step.causal and qo_len > step.kv_len:
         raise ShapeError(f"query: has {qo_len} tokens, more than the {step.kv_len} of K")
     pitch = _get_pitch(key, value)

@@ -1,9 +1,10 @@
 """The mask function of the attention implementation "raddle" in transformers.
 
 Kernels take lengths, not masks: a mask is causal or not, has a window or not, and each request has
-one run of tokens with padding before and behind it. What cannot be said so is refused. The result
-is None (causal, no padding, no window, all of K) or a bool tensor [batch, kv_len], True for tokens,
-which carries the Step that describes it as its attribute `raddle_step`.
+one run of tokens with padding before and behind it. The result is None (causal, no padding, no
+window, all of K) or a bool tensor [batch, kv_len], True for tokens, which carries the Step that
+describes it as its attribute `raddle_step`. What cannot be said so is refused when attention is
+asked for, since packed batches never look at their masks.
 """
 
 import numpy as np
@@ -49,11 +50,36 @@ def build_mask(
     **_hints,
 ):
     """transformers' mask interface, 4.53 to 5: where it hands out cache_position [q_length], that
-    says where the queries are; else q_offset and q_length do.
+    says where the queries are; else q_offset and q_length do."""
+    try:
+        return _build(
+            batch_size,
+            kv_length,
+            mask_function,
+            attention_mask,
+            kv_offset,
+            q_length,
+            q_offset,
+            cache_position,
+            device,
+        )
+    except UnsupportedError as error:
+        refused = torch.ones((), dtype=torch.bool).expand(batch_size, 1, 1, 1)
+        refused.raddle_step = error  # four dimensions: refused also where the attribute is lost
+        return refused
 
-    Raises UnsupportedError for other patterns than causal, bidirectional and causal sliding window,
-    and for padding between tokens.
-    """
+
+def _build(
+    batch_size,
+    kv_length,
+    mask_function,
+    attention_mask,
+    kv_offset,
+    q_length,
+    q_offset,
+    cache_position,
+    device,
+):
     causal, window = describe(mask_function)
     if cache_position is not None:
         q_end = int(cache_position[-1]) + 1

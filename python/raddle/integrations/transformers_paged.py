@@ -22,6 +22,7 @@ from .transformers_plans import Shape, get_lengths, get_plan
 
 NAMES = ("raddle", "paged|raddle")
 PAGES = "raddle_pages"  # the hook's word to the attention function
+UPDATE = [("layer_idx", False), ("kwargs", False)]  # how update() ends where models call it
 
 
 class PagedBatch:
@@ -133,16 +134,20 @@ def empty_rows(q, tokens, dim):
 
 def install_hooks():
     """Lets the manager of continuous batching take "raddle" as it is (it would look for flash
-    attention, or refuse), and its cache leave K and V where they are. Once per process."""
+    attention, or refuse) and use no CUDA graphs unless asked, and its cache leave K and V where
+    they are. Once per process."""
     try:
         from transformers.generation.continuous_batching import cache, continuous_api
     except ImportError:
         return
     manager = getattr(continuous_api, "ContinuousBatchingManager", None)
-    is_late = "kwargs" in inspect.signature(cache.PagedAttentionCache.update).parameters
+    names = list(inspect.signature(cache.PagedAttentionCache.update).parameters.values())
+    is_late = [(x.name, x.kind is x.VAR_KEYWORD) for x in names[3:]] == UPDATE
     if hasattr(manager, "switch_to_cb_friendly_attn"):
         _wrap(manager, "switch_to_cb_friendly_attn", _make_switch(is_late))
-    if is_late and "layer_idx" in inspect.signature(cache.PagedAttentionCache.update).parameters:
+    if hasattr(manager, "_decide_use_cuda_graphs"):
+        _wrap(manager, "_decide_use_cuda_graphs", _make_decision())
+    if is_late:
         _wrap(cache.PagedAttentionCache, "update", _make_update())
 
 
@@ -166,6 +171,18 @@ def _make_switch(is_late):
             return None
 
         return switch_to_cb_friendly_attn
+
+    return make
+
+
+def _make_decision():
+    def make(original):
+        def _decide_use_cuda_graphs(self, *args, **kwargs):
+            if self.model.config._attn_implementation in NAMES and not args:
+                kwargs["use_cuda_graph"] = kwargs.get("use_cuda_graph") or False
+            return original(self, *args, **kwargs)
+
+        return _decide_use_cuda_graphs
 
     return make
 

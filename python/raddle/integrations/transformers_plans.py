@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..attention import BatchPrefill, BatchRaggedPrefill
+from ..errors import StateError
 
 MAX_PLANS = 32  # of a thread; the least recently used goes first
 MAX_STEPS = 8
@@ -141,6 +142,11 @@ def get_lengths(qo_indptr, kv_indptr, layer):
     ):
         found.layer = layer
         return found
+    if qo_indptr.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise StateError(
+            "cu_seq_lens_q: raddle plans on the host, which cannot read lengths inside a CUDA "
+            "graph; turn graphs off (use_cuda_graph=False)"
+        )
     found = Lengths()
     found.tensors = (weakref.ref(qo_indptr), weakref.ref(kv_indptr))
     found.versions = versions
