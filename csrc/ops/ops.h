@@ -44,11 +44,37 @@ raddle_status raddle_ops_embedding(const raddle_tensor *ids, const raddle_tensor
  * the sines. Computed in float64. */
 raddle_status raddle_ops_fill_cos_sin(const double *inv_freq, int32_t half, double factor,
                                       const raddle_tensor *out);
-/* In place. q [n, num_qo_heads, head_dim], k [n, num_kv_heads, head_dim] or NULL; positions [n].
- * On the CPU a position outside the cache is an error; on CUDA its row is left as it is. */
-raddle_status raddle_ops_apply_rope(const raddle_tensor *q, const raddle_tensor *k,
-                                    const raddle_tensor *positions, const raddle_tensor *cos_sin,
-                                    bool interleave, raddle_stream stream);
+typedef struct raddle_ops_rope_args {
+    const raddle_tensor *q;                /* [n, num_qo_heads, head_dim] */
+    const raddle_tensor *k;                /* [n, num_kv_heads, head_dim], or NULL */
+    const raddle_tensor *q_out, *k_out;    /* like q and k; q_out NULL: in place */
+    const raddle_tensor *positions;        /* [n], or NULL: then those of segments of rows, */
+    const raddle_tensor *indptr, *offsets; /* [batch + 1], and [batch] positions of first rows */
+    const raddle_tensor *cos_sin;          /* as raddle_ops_fill_cos_sin makes it, or NULL: */
+    const uint64_t *turns;                 /* [num_turns]: of each pair per position, 2^-64 turns */
+    int64_t num_turns;                     /* at most RADDLE_OPS_MAX_TURNS */
+    float attention_factor;                /* of cosines and sines made of turns */
+    bool interleave;
+} raddle_ops_rope_args;
+/* Rows in no segment are not rotated. On the CPU a position outside the table is an error; on CUDA
+ * its row is not rotated. */
+raddle_status raddle_ops_rope(const raddle_ops_rope_args *args, raddle_stream stream);
+
+/* What becomes 8-bit floats: NULL to is NULL from. */
+typedef struct raddle_ops_rope_fp8_args {
+    /* q_rope, k_rope [n, heads, rotary_dim]; q_nope, k_nope, v [n, heads, width] or NULL. */
+    const raddle_tensor *q_rope, *q_nope, *k_rope, *k_nope, *v;
+    /* Of one float8 type, like their sources; with batch_indices those of k and v are
+     * [num_pages, page_size, heads, width]. */
+    const raddle_tensor *q_rope_out, *q_nope_out, *k_rope_out, *k_nope_out, *v_out;
+    const raddle_tensor *cos_sin, *positions; /* as in rope; [n] */
+    /* NULL, or: request of each row [n] (below 0: none), its place there [n], and the page tables
+     * [batch + 1] and [num_indices]. */
+    const raddle_tensor *batch_indices, *token_positions, *kv_indptr, *kv_indices;
+    float q_scale, kv_scale; /* multiply */
+    bool interleave;
+} raddle_ops_rope_fp8_args;
+raddle_status raddle_ops_rope_fp8(const raddle_ops_rope_fp8_args *args, raddle_stream stream);
 
 /* ---------------------------------------------------------------- linear */
 

@@ -53,6 +53,8 @@ typedef struct raddle_ops_backend {
                                raddle_stream stream);
     raddle_status (*rope)(int32_t device, const raddle_ops_rope_params *params,
                           raddle_stream stream);
+    raddle_status (*rope_fp8)(int32_t device, const raddle_ops_rope_fp8_params *params,
+                              raddle_stream stream);
     raddle_status (*softmax)(int32_t device, const raddle_ops_softmax_params *params,
                              raddle_stream stream);
     raddle_status (*sample)(int32_t device, const raddle_ops_sample_job *job, raddle_stream stream);

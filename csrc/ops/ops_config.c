@@ -15,13 +15,10 @@ enum {
 };
 
 static const char *const names[RADDLE_OPS_NUM_KERNELS] = {
-    [RADDLE_OPS_NORM] = "ops/ops_norm",
-    [RADDLE_OPS_ROPE] = "ops/ops_rope",
-    [RADDLE_OPS_ACT_AND_MUL] = "ops/ops_act_and_mul",
-    [RADDLE_OPS_EMBEDDING] = "ops/ops_embedding",
-    [RADDLE_OPS_SOFTMAX] = "ops/ops_softmax",
-    [RADDLE_OPS_SAMPLE] = "ops/ops_sample",
-    [RADDLE_OPS_LOGPROBS] = "ops/ops_logprobs",
+    [RADDLE_OPS_NORM] = "ops/ops_norm",           [RADDLE_OPS_ROPE] = "ops/ops_rope",
+    [RADDLE_OPS_ROPE_FP8] = "ops/ops_rope_fp8",   [RADDLE_OPS_ACT_AND_MUL] = "ops/ops_act_and_mul",
+    [RADDLE_OPS_EMBEDDING] = "ops/ops_embedding", [RADDLE_OPS_SOFTMAX] = "ops/ops_softmax",
+    [RADDLE_OPS_SAMPLE] = "ops/ops_sample",       [RADDLE_OPS_LOGPROBS] = "ops/ops_logprobs",
 };
 
 /* ---------------------------------------------------------------- numbers */
@@ -92,8 +89,15 @@ void raddle_ops_config_text(const raddle_ops_config *config, char text[RADDLE_OP
         break;
     case RADDLE_OPS_ROPE:
         snprintf(text, size,
+                 "#define RADDLE_TYPE %s\n#define RADDLE_INTERLEAVE %d\n"
+                 "#define RADDLE_FROM_TURNS %d\n#define RADDLE_VECTOR %d\n",
+                 type, has(config, RADDLE_OPS_ROPE_INTERLEAVE),
+                 has(config, RADDLE_OPS_ROPE_FROM_TURNS), vector);
+        break;
+    case RADDLE_OPS_ROPE_FP8:
+        snprintf(text, size,
                  "#define RADDLE_TYPE %s\n#define RADDLE_INTERLEAVE %d\n#define RADDLE_VECTOR %d\n",
-                 type, (int)config->variant, vector);
+                 type, has(config, RADDLE_OPS_ROPE_INTERLEAVE), vector);
         break;
     case RADDLE_OPS_ACT_AND_MUL:
         snprintf(text, size,
@@ -135,6 +139,12 @@ static const raddle_ops_config listed[] = {
     {RADDLE_OPS_ROPE, RADDLE_BF16, false, 1, 0},
     {RADDLE_OPS_ROPE, RADDLE_F16, true, 0, 0},
     {RADDLE_OPS_ROPE, RADDLE_F32, true, 0, 0},
+    {RADDLE_OPS_ROPE, RADDLE_F16, true, RADDLE_OPS_ROPE_FROM_TURNS, 0},
+    {RADDLE_OPS_ROPE, RADDLE_F16, true, RADDLE_OPS_ROPE_FROM_TURNS | RADDLE_OPS_ROPE_INTERLEAVE, 0},
+    {RADDLE_OPS_ROPE, RADDLE_BF16, false, RADDLE_OPS_ROPE_FROM_TURNS, 0},
+    {RADDLE_OPS_ROPE_FP8, RADDLE_BF16, true, 0, 0},
+    {RADDLE_OPS_ROPE_FP8, RADDLE_BF16, true, RADDLE_OPS_ROPE_INTERLEAVE, 0},
+    {RADDLE_OPS_ROPE_FP8, RADDLE_F16, false, RADDLE_OPS_ROPE_INTERLEAVE, 0},
     {RADDLE_OPS_ACT_AND_MUL, RADDLE_BF16, true, RADDLE_OPS_SILU, 0},
     {RADDLE_OPS_ACT_AND_MUL, RADDLE_BF16, true, RADDLE_OPS_GELU, 0},
     {RADDLE_OPS_ACT_AND_MUL, RADDLE_BF16, true, RADDLE_OPS_GELU_TANH, 0},

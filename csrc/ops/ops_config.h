@@ -7,6 +7,7 @@
 typedef enum raddle_ops_kernel {
     RADDLE_OPS_NORM,
     RADDLE_OPS_ROPE,
+    RADDLE_OPS_ROPE_FP8,
     RADDLE_OPS_ACT_AND_MUL,
     RADDLE_OPS_EMBEDDING,
     RADDLE_OPS_SOFTMAX,
@@ -19,7 +20,7 @@ typedef struct raddle_ops_config {
     raddle_ops_kernel kernel;
     raddle_dtype dtype;  /* float32, float16, bfloat16; embedding: only its size counts */
     bool is_vector;      /* rows are read 16 bytes at a time */
-    int32_t variant;     /* norm: RADDLE_OPS_NORM_*; rope: interleave; act: which */
+    int32_t variant;     /* norm and rope: as below; act: which */
     int32_t row_threads; /* norm: 32, 128, 256 or 512 */
 } raddle_ops_config;
 
@@ -36,6 +37,8 @@ enum {
     RADDLE_OPS_NORM_CENTERED = 4,
     RADDLE_OPS_NORM_FP8 = 8
 };
+/* Of rope's, and of rope_fp8's the first. */
+enum { RADDLE_OPS_ROPE_INTERLEAVE = 1, RADDLE_OPS_ROPE_FROM_TURNS = 2 };
 
 /* 0 .. raddle_ops_num_config_ids() - 1, different for different configs. */
 int raddle_ops_config_id(const raddle_ops_config *config);

@@ -32,6 +32,12 @@ int64_t raddle_ops_cpu_rows_per_task(int64_t elements);
 raddle_status raddle_ops_cpu_norm(int32_t device, const raddle_ops_norm_params *params,
                                   raddle_stream stream);
 
+/* ops_cpu_rope.c */
+raddle_status raddle_ops_cpu_rope(int32_t device, const raddle_ops_rope_params *params,
+                                  raddle_stream stream);
+raddle_status raddle_ops_cpu_rope_fp8(int32_t device, const raddle_ops_rope_fp8_params *params,
+                                      raddle_stream stream);
+
 /* ops_cpu_sample.c */
 raddle_status raddle_ops_cpu_softmax(int32_t device, const raddle_ops_softmax_params *params,
                                      raddle_stream stream);

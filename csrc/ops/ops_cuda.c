@@ -17,6 +17,7 @@ enum {
     MAX_CONFIG_IDS = 4096,
     NORM_CTA_THREADS = 128, /* at least; ops_norm.cu's CTA_THREADS */
     ROPE_CTA_THREADS = 128,
+    MANY_ROWS = 1024, /* that fill the device with a CTA each */
     ACT_CTA_THREADS = 256,
     EMBEDDING_CTA_THREADS = 128,
     LOGITS_CTA_THREADS = 1024,
@@ -112,21 +113,78 @@ static raddle_status run_norm(int32_t device, const raddle_ops_norm_params *p,
     return launch(device, &config, grid, 1, (unsigned)threads, p, stream);
 }
 
+/* Heads of one CTA: with many rows a thread takes several, for which it has its angles already. */
+static int32_t heads_per_cta(const raddle_ops_rope_params *p, int pieces) {
+    const int lanes = pieces < ROPE_CTA_THREADS ? pieces : ROPE_CTA_THREADS;
+    const int at_once = ROPE_CTA_THREADS / lanes;
+    return p->rows >= MANY_ROWS ? 4 * at_once : at_once;
+}
+
 static raddle_status run_rope(int32_t device, const raddle_ops_rope_params *p,
                               raddle_stream stream) {
     const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
     const int half = p->rotary_dim / 2;
-    raddle_ops_config config = {
+    const size_t copied = p->in_place ? 0 : (size_t)p->head_dim * bytes;
+    const raddle_ops_config config = {
         .kernel = RADDLE_OPS_ROPE,
         .dtype = (raddle_dtype)p->dtype,
-        .is_vector = (size_t)half * bytes % 16 == 0 &&
+        .is_vector = (size_t)half * bytes % 16 == 0 && copied % 16 == 0 &&
                      is_aligned(p->q, p->q_stride_row, p->q_stride_head, bytes) &&
                      is_aligned(p->k, p->k_stride_row, p->k_stride_head, bytes) &&
+                     is_aligned(p->q_out, p->q_out_stride_row, p->q_out_stride_head, bytes) &&
+                     is_aligned(p->k_out, p->k_out_stride_row, p->k_out_stride_head, bytes) &&
                      is_aligned(p->cos_sin, p->cos_sin_stride_row, 0, sizeof(float)),
-        .variant = p->interleave,
+        .variant = (p->interleave ? RADDLE_OPS_ROPE_INTERLEAVE : 0) |
+                   (p->cos_sin ? 0 : RADDLE_OPS_ROPE_FROM_TURNS),
     };
     const int64_t heads = (int64_t)p->num_qo_heads + p->num_kv_heads;
-    const int64_t items = heads * (half / raddle_ops_config_vector(&config));
+    raddle_ops_rope_turns_params whole; /* a kernel with a table reads the first member alone */
+    whole.rope = *p;
+    whole.rope.heads_per_cta = heads_per_cta(p, half / raddle_ops_config_vector(&config));
+    if (heads == 0) {
+        return RADDLE_OK;
+    }
+    for (int i = 0; !p->cos_sin && i < RADDLE_OPS_MAX_TURNS; i++) {
+        whole.turns[i] = i < half ? p->turns[i] : 0;
+    }
+    return launch(device, &config, p->rows, divide_up(heads, whole.rope.heads_per_cta),
+                  ROPE_CTA_THREADS, &whole, stream);
+}
+
+/* Whether every part can be read 16 bytes and written as many elements at a time. */
+static bool are_parts_aligned(const raddle_ops_rope_fp8_params *p, size_t bytes) {
+    const size_t vector = 16 / bytes;
+    bool aligned = (size_t)p->rotary_dim / 2 % vector == 0 &&
+                   is_aligned(p->cos_sin, p->cos_sin_stride_row, 0, sizeof(float));
+    for (int i = 0; i < RADDLE_OPS_FP8_PARTS; i++) {
+        const raddle_ops_fp8_part *part = &p->parts[i];
+        if (part->width == 0) {
+            continue;
+        }
+        const uint64_t to = (uint64_t)(uintptr_t)part->to | (uint64_t)part->to_stride_row |
+                            (uint64_t)part->to_stride_head | (uint64_t)part->to_stride_page |
+                            (uint64_t)part->width;
+        aligned &= to % vector == 0 &&
+                   is_aligned(part->from, part->from_stride_row, part->from_stride_head, bytes);
+    }
+    return aligned;
+}
+
+static raddle_status run_rope_fp8(int32_t device, const raddle_ops_rope_fp8_params *p,
+                                  raddle_stream stream) {
+    const size_t bytes = raddle_dtype_bytes((raddle_dtype)p->dtype);
+    const raddle_ops_config config = {
+        .kernel = RADDLE_OPS_ROPE_FP8,
+        .dtype = (raddle_dtype)p->dtype,
+        .is_vector = are_parts_aligned(p, bytes),
+        .variant = p->interleave ? RADDLE_OPS_ROPE_INTERLEAVE : 0,
+    };
+    const int vector = raddle_ops_config_vector(&config);
+    int64_t items = 0;
+    for (int i = 0; i < RADDLE_OPS_FP8_PARTS; i++) {
+        const raddle_ops_fp8_part *part = &p->parts[i];
+        items += (int64_t)part->heads * (part->width / (part->is_rotated ? 2 * vector : vector));
+    }
     if (items == 0) {
         return RADDLE_OK;
     }
@@ -237,6 +295,7 @@ const raddle_ops_backend raddle_ops_backend_cuda = {
     .act_and_mul = run_act_and_mul,
     .embedding = run_embedding,
     .rope = run_rope,
+    .rope_fp8 = run_rope_fp8,
     .softmax = run_softmax,
     .sample = run_sample,
     .logprobs = run_logprobs,

@@ -7,8 +7,6 @@
 
 #include "base/alloc.h"
 #include "ops/ops.h"
-#include "python/py_tensor.h"
-#include "runtime/backend.h"
 
 enum {
     SHORT_WORK = 4096
@@ -111,7 +109,7 @@ bool raddle_py_ops_is_tensor(PyObject *object) {
     return true;
 }
 
-static int parse_double(PyObject *object, const char *name, double *out_value) {
+int raddle_py_ops_parse_double(PyObject *object, const char *name, double *out_value) {
     *out_value = PyFloat_AsDouble(object);
     if (*out_value == -1.0 && PyErr_Occurred()) {
         PyErr_Clear();
@@ -124,7 +122,7 @@ static int parse_double(PyObject *object, const char *name, double *out_value) {
 
 int raddle_py_ops_parse_float(PyObject *object, const char *name, float *out_value) {
     double value;
-    if (parse_double(object, name, &value) < 0) {
+    if (raddle_py_ops_parse_double(object, name, &value) < 0) {
         return -1;
     }
     *out_value = (float)value;
@@ -199,118 +197,6 @@ static PyObject *embedding(PyObject *module, PyObject *const *objects, Py_ssize_
     const raddle_status status = raddle_ops_embedding(ids, table, args[OUT].view, stream);
     raddle_py_ops_end_work(state);
     return raddle_py_ops_finish(status, out, args, NUM);
-}
-
-/* ------------------------------------------------------------------ rotary embedding */
-
-/* Fills a host table and moves it to table's device. */
-static raddle_status make_cos_sin(const double *inv_freq, int32_t half, double factor,
-                                  const raddle_tensor *table) {
-    if (table->device.type == RADDLE_CPU) {
-        return raddle_ops_fill_cos_sin(inv_freq, half, factor, table);
-    }
-    const raddle_backend *backend;
-    const size_t bytes = (size_t)raddle_tensor_count(table) * sizeof(float);
-    RADDLE_TRY(raddle_backend_for(table->device, &backend));
-    raddle_tensor host = *table;
-    host.device = (raddle_device){RADDLE_CPU, 0};
-    host.data = raddle_alloc(bytes);
-    if (!host.data) {
-        return raddle_fail_memory(bytes);
-    }
-    const int32_t device = table->device.index;
-    raddle_status status = raddle_ops_fill_cos_sin(inv_freq, half, factor, &host);
-    if (status == RADDLE_OK) {
-        status = backend->copy(device, table->data, host.data, bytes, RADDLE_COPY_TO_DEVICE, NULL);
-    }
-    if (status == RADDLE_OK) {
-        status = backend->synchronize(device, NULL);
-    }
-    raddle_free(host.data);
-    return status;
-}
-
-PyDoc_STRVAR(cos_sin_doc, "ops_cos_sin(inv_freq, factor, max_position, device, /)\n--\n\n"
-                          "Table of cosines and sines, float32 [max_position, 2 * len(inv_freq)].");
-
-static PyObject *cos_sin(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    raddle_device device;
-    double factor;
-    (void)module;
-    if (raddle_py_ops_check_count("ops_cos_sin", count, 4) < 0 ||
-        parse_double(objects[1], "attention_factor", &factor) < 0 ||
-        raddle_device_from_object(objects[3], "device", &device) < 0) {
-        return NULL;
-    }
-    const long long max_position = PyLong_AsLongLong(objects[2]);
-    if (max_position == -1 && PyErr_Occurred()) {
-        return NULL;
-    }
-    PyObject *list = PySequence_Fast(objects[0], "inv_freq: expected a sequence of numbers");
-    if (!list) {
-        return NULL;
-    }
-    const Py_ssize_t half = PySequence_Fast_GET_SIZE(list);
-    const int64_t shape[2] = {max_position, 2 * (int64_t)half};
-    raddle_status status = RADDLE_OK;
-    PyObject *table = NULL;
-    double *inv_freq = raddle_alloc((size_t)half * sizeof(double));
-    if (!inv_freq) {
-        raddle_raise(raddle_fail_memory((size_t)half * sizeof(double)));
-        goto out;
-    }
-    for (Py_ssize_t i = 0; i < half; i++) {
-        if (parse_double(PySequence_Fast_GET_ITEM(list, i), "inv_freq", &inv_freq[i]) < 0) {
-            goto out;
-        }
-    }
-    table = raddle_py_tensor_new(shape, 2, RADDLE_F32, device);
-    if (!table) {
-        goto out;
-    }
-    Py_BEGIN_ALLOW_THREADS;
-    status = make_cos_sin(inv_freq, (int32_t)half, factor, &((raddle_py_tensor *)table)->tensor);
-    Py_END_ALLOW_THREADS;
-    if (status != RADDLE_OK) {
-        Py_CLEAR(table);
-        raddle_raise(status);
-    }
-out:
-    raddle_free(inv_freq);
-    Py_DECREF(list);
-    return table;
-}
-
-PyDoc_STRVAR(apply_rope_doc,
-             "ops_apply_rope(q, k, positions, cos_sin_cache, interleave, dtype, stream, /)\n--\n\n"
-             "Rotate q and k in place.");
-
-static PyObject *apply_rope(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
-    static const char *const names[] = {"q", "k", "positions", "cos_sin_cache"};
-    static const int access[] = {RADDLE_ARG_WRITE, RADDLE_ARG_WRITE | RADDLE_ARG_OPTIONAL,
-                                 RADDLE_ARG_READ, RADDLE_ARG_READ};
-    enum { Q, K, POSITIONS, CACHE, NUM };
-    raddle_tensor_arg args[NUM];
-    raddle_dtype bits;
-    raddle_stream stream;
-    (void)module;
-    if (raddle_py_ops_check_count("ops_apply_rope", count, 7) < 0) {
-        return NULL;
-    }
-    const int interleave = PyObject_IsTrue(objects[4]);
-    if (interleave < 0 || raddle_dtype_from_object(objects[5], "dtype", &bits) < 0 ||
-        raddle_py_ops_open(objects, names, access, NUM, bits, args) < 0) {
-        return NULL;
-    }
-    if (raddle_stream_from_args(objects[6], args, NUM, &stream) < 0) {
-        return raddle_py_ops_abandon(NULL, args, NUM);
-    }
-    const raddle_tensor *q = args[Q].view;
-    PyThreadState *state = raddle_py_ops_begin_work(q->device, raddle_tensor_count(q));
-    const raddle_status status = raddle_ops_apply_rope(q, args[K].view, args[POSITIONS].view,
-                                                       args[CACHE].view, interleave != 0, stream);
-    raddle_py_ops_end_work(state);
-    return raddle_py_ops_finish(status, Py_NewRef(Py_None), args, NUM);
 }
 
 /* ------------------------------------------------------------------ softmax and log-probabilities
@@ -594,8 +480,6 @@ static PyObject *sample(PyObject *module, PyObject *const *objects, Py_ssize_t c
 static PyMethodDef functions[] = {
     {"ops_act_and_mul", RADDLE_FASTCALL(act_and_mul), METH_FASTCALL, act_and_mul_doc},
     {"ops_embedding", RADDLE_FASTCALL(embedding), METH_FASTCALL, embedding_doc},
-    {"ops_cos_sin", RADDLE_FASTCALL(cos_sin), METH_FASTCALL, cos_sin_doc},
-    {"ops_apply_rope", RADDLE_FASTCALL(apply_rope), METH_FASTCALL, apply_rope_doc},
     {"ops_softmax", RADDLE_FASTCALL(softmax), METH_FASTCALL, softmax_doc},
     {"ops_sample", RADDLE_FASTCALL(sample), METH_FASTCALL, sample_doc},
     {"ops_token_logprobs", RADDLE_FASTCALL(token_logprobs), METH_FASTCALL, token_logprobs_doc},
@@ -603,7 +487,8 @@ static PyMethodDef functions[] = {
 };
 
 int raddle_py_add_ops(PyObject *module) {
-    if (PyModule_AddFunctions(module, functions) < 0 || raddle_py_ops_add_norm(module) < 0) {
+    if (PyModule_AddFunctions(module, functions) < 0 || raddle_py_ops_add_norm(module) < 0 ||
+        raddle_py_ops_add_rope(module) < 0) {
         return -1;
     }
     return raddle_py_ops_add_linear(module);

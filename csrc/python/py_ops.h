@@ -27,12 +27,15 @@ PyObject *raddle_py_ops_finish(raddle_status status, PyObject *result, raddle_te
                                int count);
 /* The same when a Python exception is set. */
 PyObject *raddle_py_ops_abandon(PyObject *result, raddle_tensor_arg *args, int count);
+int raddle_py_ops_parse_double(PyObject *object, const char *name, double *out_value);
 int raddle_py_ops_parse_float(PyObject *object, const char *name, float *out_value);
 /* Whether an object of that type can give its memory; scalars of NumPy cannot. */
 bool raddle_py_ops_is_tensor(PyObject *object);
 
 /* py_ops_norm.c */
 int raddle_py_ops_add_norm(PyObject *module);
+/* py_ops_rope.c */
+int raddle_py_ops_add_rope(PyObject *module);
 /* py_ops_linear.c: the type Linear. */
 int raddle_py_ops_add_linear(PyObject *module);
 

@@ -233,16 +233,46 @@ def ops_embedding(
 def ops_cos_sin(
     inv_freq: _AnyTensor, factor: float, max_position: int, device: _Device, /
 ) -> Tensor: ...
-def ops_apply_rope(
+def ops_rope(
     q: _AnyTensor,
     k: _AnyTensor | None,
-    positions: _AnyTensor,
-    cos_sin_cache: _AnyTensor,
+    positions: _AnyTensor | None,
+    indptr: _AnyTensor | None,
+    offsets: _AnyTensor | None,
+    cos_sin_cache: _AnyTensor | None,
+    q_out: _AnyTensor | None,
+    k_out: _AnyTensor | None,
+    turns: bytes | None,
+    attention_factor: float,
     interleave: bool,
     dtype: _DType,
     stream: _Stream,
     /,
-) -> Any: ...
+) -> None: ...
+def ops_rope_fp8(
+    q_rope: _AnyTensor,
+    k_rope: _AnyTensor,
+    q_nope: _AnyTensor | None,
+    k_nope: _AnyTensor | None,
+    v: _AnyTensor | None,
+    q_rope_out: _AnyTensor,
+    k_rope_out: _AnyTensor,
+    q_nope_out: _AnyTensor | None,
+    k_nope_out: _AnyTensor | None,
+    v_out: _AnyTensor | None,
+    cos_sin_cache: _AnyTensor,
+    positions: _AnyTensor,
+    batch_indices: _AnyTensor | None,
+    token_positions: _AnyTensor | None,
+    kv_indptr: _AnyTensor | None,
+    kv_indices: _AnyTensor | None,
+    q_scale: float,
+    kv_scale: float,
+    interleave: bool,
+    dtype: _DType,
+    stream: _Stream,
+    /,
+) -> None: ...
 def ops_softmax(
     logits: _AnyTensor,
     temperature: Any,

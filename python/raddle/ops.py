@@ -15,11 +15,13 @@ Errors: ShapeError, DTypeError, DeviceError, ArgumentError for values, Unsupport
 """
 
 import math
+import struct
 
 from . import _core
 
 __all__ = [
     "Linear",
+    "RopeTurns",
     "apply_rope",
     "embedding",
     "fused_add_rmsnorm",
@@ -28,6 +30,8 @@ __all__ = [
     "layernorm",
     "rmsnorm",
     "rope_cos_sin_cache",
+    "rope_fp8",
+    "rope_turns",
     "sample",
     "silu_and_mul",
     "softmax",
@@ -136,19 +140,24 @@ def rope_cos_sin_cache(
     """
     from .errors import ArgumentError
 
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise ArgumentError(f"rotary_dim: expected an even number of at least 2, got {rotary_dim}")
     if max_position < 0:
         raise ArgumentError(f"max_position: expected at least 0, got {max_position}")
+    inv_freq, factor = _frequencies(rotary_dim, theta, scaling, max_position_embeddings)
+    return _core.ops_cos_sin(inv_freq, factor, max_position, device)
+
+
+def _frequencies(rotary_dim, theta, scaling, max_position_embeddings):
+    """([angle per position of each pair], factor of cos and sin)."""
+    from .errors import ArgumentError
+
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ArgumentError(f"rotary_dim: expected an even number of at least 2, got {rotary_dim}")
     scaling = dict(scaling or {})
     theta = float(scaling.get("rope_theta") or theta)
     if not (theta > 0 and math.isfinite(theta)):
         raise ArgumentError(f"theta: expected a finite number above 0, got {theta}")
     inv_freq = [theta ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)]
-    inv_freq, factor = _scale_frequencies(
-        inv_freq, rotary_dim, theta, scaling, max_position_embeddings
-    )
-    return _core.ops_cos_sin(inv_freq, factor, max_position, device)
+    return _scale_frequencies(inv_freq, rotary_dim, theta, scaling, max_position_embeddings)
 
 
 def _scale_frequencies(inv_freq, rotary_dim, theta, scaling, max_position_embeddings):
@@ -238,16 +247,142 @@ def _yarn_frequencies(inv_freq, rotary_dim, theta, scaling, max_position_embeddi
     return [scale(i, f) for i, f in enumerate(inv_freq)], float(attention_factor)
 
 
-def apply_rope(q, k, positions, cos_sin_cache, *, interleave=False, dtype=None, stream=None):
-    """Rotates q and k in place.
+class RopeTurns:
+    """Rotations of any position, without a table: what rope_turns makes, for apply_rope."""
+
+    __slots__ = ("_data", "attention_factor", "rotary_dim")
+
+    def __init__(self, inv_freq, attention_factor):
+        # Turns per position as 64-bit fractions: a position times one of them, modulo 2^64, is the
+        # angle with whole turns dropped.
+        turns = [math.floor(f / (2 * math.pi) % 1.0 * 2.0**64) % 2**64 for f in inv_freq]
+        self._data = struct.pack(f"={len(turns)}Q", *turns)
+        self.attention_factor = attention_factor
+        self.rotary_dim = 2 * len(turns)
+
+    def __repr__(self):
+        return f"RopeTurns(rotary_dim={self.rotary_dim}, attention_factor={self.attention_factor})"
+
+
+def rope_turns(rotary_dim, *, theta=10000.0, scaling=None, max_position_embeddings=None):
+    """What apply_rope takes in place of a table: positions have no limit, no memory is read.
+
+    Arguments as in rope_cos_sin_cache; rotary_dim is at most 512. Angles are exact to 2^-24 of half
+    a turn at any position; a table is the faster of the two where rows are many.
+    """
+    return RopeTurns(*_frequencies(rotary_dim, theta, scaling, max_position_embeddings))
+
+
+def apply_rope(
+    q,
+    k,
+    positions,
+    cos_sin_cache,
+    *,
+    indptr=None,
+    offsets=None,
+    interleave=False,
+    q_out=None,
+    k_out=None,
+    dtype=None,
+    stream=None,
+):
+    """Rotates q and k, in place or into q_out and k_out.
 
     q [n, num_qo_heads, head_dim], k [n, num_kv_heads, head_dim] or None: strided views of a fused
-    row are fine. positions [n] int32 or int64. cos_sin_cache as rope_cos_sin_cache makes it; the
-    first rotary_dim (its width) of every head is rotated: element i with i + rotary_dim / 2 (as in
-    transformers' Llama), or neighbours 2i with 2i + 1 if interleave (GPT-J). A position outside
-    the cache is an ArgumentError on the CPU; on CUDA its row is left as it is.
+    row are fine. positions [n] int32 or int64; or None, with indptr [batch + 1] and offsets
+    [batch]: rows indptr[b] to indptr[b + 1] stand at offsets[b] and on, other rows are not rotated.
+    cos_sin_cache as rope_cos_sin_cache or rope_turns make it; the first rotary_dim (its width) of
+    every head is rotated: element i with i + rotary_dim / 2 (as in transformers' Llama), or
+    neighbours 2i with 2i + 1 if interleave (GPT-J). q_out and k_out (None where k is) are like q
+    and k, in other memory, and get the whole heads. A position outside the table is an
+    ArgumentError on the CPU; on CUDA its row is not rotated.
     """
-    return _core.ops_apply_rope(q, k, positions, cos_sin_cache, interleave, dtype, stream)
+    turns, factor = None, 1.0
+    if isinstance(cos_sin_cache, RopeTurns):
+        turns, factor, cos_sin_cache = cos_sin_cache._data, cos_sin_cache.attention_factor, None
+    elif cos_sin_cache is None:
+        from .errors import DTypeError
+
+        raise DTypeError("cos_sin_cache: expected a table or rope_turns(..), got None")
+    _core.ops_rope(
+        q,
+        k,
+        positions,
+        indptr,
+        offsets,
+        cos_sin_cache,
+        q_out,
+        k_out,
+        turns,
+        factor,
+        interleave,
+        dtype,
+        stream,
+    )
+
+
+def rope_fp8(
+    q_rope,
+    k_rope,
+    cos_sin_cache,
+    positions,
+    *,
+    q_rope_out,
+    k_rope_out,
+    q_nope=None,
+    k_nope=None,
+    v=None,
+    q_nope_out=None,
+    k_nope_out=None,
+    v_out=None,
+    q_scale=1.0,
+    kv_scale=1.0,
+    interleave=False,
+    batch_indices=None,
+    token_positions=None,
+    kv_indptr=None,
+    kv_indices=None,
+    dtype=None,
+    stream=None,
+):
+    """Rotates q_rope and k_rope, and rounds all parts of q, k and v to 8-bit floats.
+
+    q_rope [n, num_qo_heads, rotary_dim], k_rope [n, num_kv_heads, rotary_dim]: all of their width is
+    rotated, as apply_rope does with cos_sin_cache [max_position, rotary_dim] and positions [n].
+    q_nope, k_nope, v [n, heads, width] or None: not rotated. Each has an out of one float8 type, of
+    its shape: the parts of a head may be views of one tensor. q's are multiplied by q_scale and k's
+    and v's by kv_scale; what is past the largest 8-bit number becomes that number.
+
+    With batch_indices [n], token_positions [n], kv_indptr [batch + 1] and kv_indices, row i of k and
+    v goes into a paged cache: page kv_indices[kv_indptr[batch_indices[i]] + token_positions[i] //
+    page_size]; their outs are then [num_pages, page_size, heads, width] views of it. A row with a
+    batch index below 0 goes nowhere. On the CPU other indices out of range are an ArgumentError; on
+    CUDA such a row is not written, and one with a position outside the table is not rotated.
+    """
+    _core.ops_rope_fp8(
+        q_rope,
+        k_rope,
+        q_nope,
+        k_nope,
+        v,
+        q_rope_out,
+        k_rope_out,
+        q_nope_out,
+        k_nope_out,
+        v_out,
+        cos_sin_cache,
+        positions,
+        batch_indices,
+        token_positions,
+        kv_indptr,
+        kv_indices,
+        q_scale,
+        kv_scale,
+        interleave,
+        dtype,
+        stream,
+    )
 
 
 # ------------------------------------------------------------------ linear
