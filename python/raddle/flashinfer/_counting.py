@@ -7,8 +7,10 @@ _is_counting = False
 
 
 def start_counting():
-    """Count from zero: every launch from now on also bumps a counter of its kernel in device memory,
-    in stream order, so that replays of CUDA graphs count as well."""
+    """Count from zero.
+
+    Every launch from now on also bumps a counter of its kernel in device memory, in stream order,
+    so that replays of CUDA graphs count as well."""
     global _is_counting
     _set_counting(True)
     _is_counting = True

@@ -2,8 +2,8 @@
 
 A native plan has declared maxima; FlashInfer's wrappers have none, unless they were given the
 buffers of a CUDA graph. So a wrapper keeps one native plan per configuration and makes a larger one
-(powers of two) when a batch outgrows it. Outgrown ones live as long as the wrapper: a graph that was
-captured with one would read memory that is gone.
+(powers of two) when a batch outgrows it. Outgrown ones live as long as the wrapper: a graph that
+was captured with one would read memory that is gone.
 """
 
 import threading

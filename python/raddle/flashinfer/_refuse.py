@@ -1,7 +1,7 @@
 """What FlashInfer has and raddle has not: names that can be imported and that raise when used.
 
-A placeholder is a class, so that it can stand in annotations, in isinstance and as an attribute of a
-module; calling it or anything reached through it raises UnsupportedError.
+A placeholder is a class, so that it can stand in annotations, in isinstance and as an attribute of
+a module; calling it or anything reached through it raises UnsupportedError.
 """
 
 import types

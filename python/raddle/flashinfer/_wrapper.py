@@ -3,7 +3,7 @@ run(), and the attributes that callers reach for."""
 
 from ..errors import StateError, UnsupportedError
 from . import utils
-from ._plans import NO_SPLIT, WrapperPlans, product_of_scales, scale_argument
+from ._plans import NO_SPLIT, Config, WrapperPlans, product_of_scales, scale_argument
 
 KNOWN_BACKENDS = ("auto", "fa2", "fa3")
 _OTHER_BACKENDS = ("trtllm-gen", "cute-dsl", "cudnn", "cutlass", "cutile", "prims-ts", "cake")
@@ -111,14 +111,38 @@ class Wrapper:
         self._rope_theta = config.rope_theta
         self._plan_info = list(self._plans.planned_sizes)
 
-    def _replan(self, pos_encoding_mode, logits_soft_cap, **changes):
-        """The deprecated forward(): its arguments replace what plan() was told."""
-        config = self._require_plan()
+    def _config_of(self, kind, shape, dtypes, causal, logits, max_qo_len, fixed_chunk):
+        """A Config. logits: window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale,
+        rope_theta."""
+        window_left, logits_soft_cap, pos_encoding_mode, *rest = logits
         utils._check_pos_encoding_mode(pos_encoding_mode)
-        config = config._replace(
-            pos_encoding_mode=pos_encoding_mode, logits_soft_cap=logits_soft_cap or 0.0, **changes
+        return Config(
+            kind,
+            *shape,
+            *(utils.canonicalize_torch_dtype(one) for one in dtypes),
+            self._kv_layout,
+            causal,
+            window_left,
+            logits_soft_cap or 0.0,
+            pos_encoding_mode,
+            *rest,
+            max_qo_len,
+            fixed_chunk,
         )
-        if config != self._config:
+
+    def _replan(self, logits, causal=None):
+        """The deprecated forward(): its arguments, as in _config_of, replace those of plan()."""
+        before = self._require_plan()
+        config = self._config_of(
+            before.kind,
+            before[1:6],
+            before[6:9],
+            before.causal if causal is None else causal,
+            logits,
+            before.max_qo_len,
+            before.fixed_chunk,
+        )
+        if config != before:
             self._plans.plan_again(config)
             self._remember(config)
 

@@ -1,4 +1,4 @@
-"""flashinfer.trace.templates.cascade: the templates whose `reference` computes what a function does.
+"""flashinfer.trace.templates.cascade: templates whose `reference` computes what a function does.
 
 FlashInfer's are written out in torch; raddle's are the functions themselves, whose CPU back end is
 the reference for its GPU kernels.

@@ -17,7 +17,7 @@ def variable_length_merge_states(v, s, indptr):
     are padded to the longest, some at a time."""
     import torch
 
-    rows, (states, heads, dim) = len(indptr) - 1, v.shape
+    rows, (_, heads, dim) = len(indptr) - 1, v.shape
     out = torch.zeros(rows, heads, dim, dtype=v.dtype, device=v.device)
     lse = torch.full((rows, heads), -torch.inf, dtype=torch.float32, device=v.device)
     offsets = indptr.to(v.device, torch.int64)

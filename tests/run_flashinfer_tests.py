@@ -1,0 +1,87 @@
+"""Runs FlashInfer's own tests against raddle.flashinfer, on a GPU, as they are.
+
+    python tests/run_flashinfer_tests.py FOLDER [--jobs N] [pytest's arguments]
+
+FOLDER holds FlashInfer's tests: a checkout (its tests import `tests.test_helpers`), or the flat
+folder that its source archives up to 0.3.1 carry, with the helper modules that those import beside
+them. Run are the files below that are found there: decode, page, cascade merge, norm, rope,
+activation, sampling, and what they share with prefill. --jobs splits the cases over processes.
+
+Needs: torch with CUDA, pytest, a GPU. FlashInfer's files are no part of raddle.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+FILES = (
+    "test_activation.py",
+    "test_alibi.py",
+    "test_batch_decode_kernels.py",
+    "test_cascade_empty_states.py",
+    "test_decode_fp8_calibration_scale.py",
+    "test_decode_prefill_lse.py",
+    "test_logits_cap.py",
+    "test_non_contiguous_decode.py",
+    "test_norm.py",
+    "test_page.py",
+    "test_quantization.py",
+    "test_rope.py",
+    "test_sampling.py",
+    "test_shared_prefix_kernels.py",
+    "test_tensor_cores_decode.py",
+    "test_triton_cascade.py",
+)
+
+
+class Share:
+    """A pytest plugin that keeps every count-th case, from the index-th on."""
+
+    def __init__(self, index, count):
+        self.index, self.count = index, count
+
+    def pytest_collection_modifyitems(self, config, items):
+        kept = items[self.index :: self.count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def find_files(folder):
+    found = [path for name in FILES for path in sorted(folder.rglob(name))]
+    if not found:
+        sys.exit(f"{folder}: none of FlashInfer's test files is there")
+    return found
+
+
+def run_share(folder, index, count, arguments):
+    """Collect and run in this process; pytest's exit status."""
+    import pytest
+    import raddle.flashinfer
+
+    raddle.flashinfer.install()
+    sys.path.insert(0, str(folder))
+    named = [one for one in arguments if one.split("::")[0].endswith(".py")]
+    files = [] if named else [str(path) for path in find_files(folder)]
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={folder}", "-c", "/dev/null"]
+    return pytest.main([*options, *files, *arguments], plugins=[Share(index, count)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--share", type=int, default=None, help=argparse.SUPPRESS)
+    known, arguments = parser.parse_known_args()
+    folder = known.folder.resolve()
+    if known.share is not None or known.jobs == 1:
+        return run_share(folder, known.share or 0, known.jobs, arguments)
+    shares = [
+        subprocess.Popen([sys.executable, *sys.argv, f"--share={index}"])
+        for index in range(known.jobs)
+    ]
+    return max(share.wait() for share in shares)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
