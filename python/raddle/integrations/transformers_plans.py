@@ -169,4 +169,4 @@ def _version(tensor):
 
 def _read(tensor):
     """A copy on the host: the tensor may be a buffer that its owner fills again."""
-    return np.array(tensor.cpu(), dtype=np.int32)
+    return tensor.cpu().numpy().astype(np.int32, copy=True)
