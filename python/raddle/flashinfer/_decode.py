@@ -40,31 +40,17 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args)
         self._requested_backend = backend
         self._use_tensor_cores = use_tensor_cores
-        self._fixed_batch_size = 0
         self._paged_kv_indptr_buf = paged_kv_indptr_buffer
         self._paged_kv_indices_buf = paged_kv_indices_buffer
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
         self._q_len_per_req = None
         if use_cuda_graph:
-            self._fix_sizes()
-
-    def _fix_sizes(self):
-        import torch
-
-        for name in (
-            "paged_kv_indptr_buffer",
-            "paged_kv_indices_buffer",
-            "paged_kv_last_page_len_buffer",
-        ):
-            if not torch.is_tensor(getattr(self, f"_{name[:-3]}")):
-                raise ValueError(f"{name}: expected a torch.Tensor, as use_cuda_graph is set")
-        batch = len(self._paged_kv_last_page_len_buf)
-        if len(self._paged_kv_indptr_buf) != batch + 1:
-            raise ValueError(
-                f"paged_kv_indptr_buffer: expected {batch + 1} entries, one more than "
-                f"paged_kv_last_page_len_buffer; got {len(self._paged_kv_indptr_buf)}"
+            self._fix_batch(
+                ("paged_kv_last_page_len_buffer", 0),
+                paged_kv_indptr_buffer=paged_kv_indptr_buffer,
+                paged_kv_indices_buffer=paged_kv_indices_buffer,
+                paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
             )
-        self._fixed_batch_size = batch
 
     @property
     def use_tensor_cores(self):

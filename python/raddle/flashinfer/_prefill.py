@@ -32,21 +32,7 @@ class BatchPrefill(Wrapper):
             variant_owns_mask=variant_owns_mask,
         )
         self._qo_indptr_buf = qo_indptr_buf
-        self._fixed_batch_size = 0
         self._qo_indptr_last = 0
-
-    def _fix_sizes(self, **buffers):
-        """buffers: by argument name, those of batch + 1 entries last but the page table's."""
-        import torch
-
-        for name, buffer in buffers.items():
-            if not torch.is_tensor(buffer):
-                raise ValueError(f"{name}: expected a torch.Tensor, as use_cuda_graph is set")
-        self._fixed_batch_size = len(self._qo_indptr_buf) - 1
-        for name, buffer in buffers.items():
-            expected = self._fixed_batch_size + (0 if "last_page_len" in name else 1)
-            if "indices" not in name and len(buffer) != expected:
-                raise ValueError(f"{name}: expected {expected} entries, got {len(buffer)}")
 
     def _longest_query(self, qo_indptr, uniform_q_len):
         """The bound of the queries' lengths that a plan is made for.
@@ -138,7 +124,8 @@ class BatchPrefillWithPagedKVCacheWrapper(BatchPrefill):
         self._paged_kv_indices_buf = paged_kv_indices_buf
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buf
         if use_cuda_graph:
-            self._fix_sizes(
+            self._fix_batch(
+                ("qo_indptr_buf", 1),
                 qo_indptr_buf=qo_indptr_buf,
                 paged_kv_indptr_buf=paged_kv_indptr_buf,
                 paged_kv_indices_buf=paged_kv_indices_buf,

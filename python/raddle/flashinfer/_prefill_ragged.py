@@ -42,7 +42,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchPrefill):
         )
         self._kv_indptr_buf = kv_indptr_buf
         if use_cuda_graph:
-            self._fix_sizes(qo_indptr_buf=qo_indptr_buf, kv_indptr_buf=kv_indptr_buf)
+            self._fix_batch(
+                ("qo_indptr_buf", 1), qo_indptr_buf=qo_indptr_buf, kv_indptr_buf=kv_indptr_buf
+            )
 
     def plan(
         self,

@@ -68,6 +68,25 @@ class Wrapper:
         self._plan_info = None
         self._config = None
         self._batch_size = 0
+        self._fixed_batch_size = 0
+
+    def _fix_batch(self, from_buffer, **buffers):
+        """The batch that a graph's buffers, by argument name, are for.
+
+        from_buffer: the name of one, and how many entries it has beyond the batch."""
+        import torch
+
+        for name, buffer in buffers.items():
+            if not torch.is_tensor(buffer):
+                raise ValueError(f"{name}: expected a torch.Tensor, as use_cuda_graph is set")
+        self._fixed_batch_size = len(buffers[from_buffer[0]]) - from_buffer[1]
+        for name, buffer in buffers.items():
+            expected = self._fixed_batch_size + (1 if "indptr" in name else 0)
+            if "indices" not in name and len(buffer) != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} entries for the batch of {from_buffer[0]}, got "
+                    f"{len(buffer)}"
+                )
 
     @property
     def is_cuda_graph_enabled(self):
