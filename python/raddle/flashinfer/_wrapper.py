@@ -135,10 +135,13 @@ class Wrapper:
         rope_theta."""
         window_left, logits_soft_cap, pos_encoding_mode, *rest = logits
         utils._check_pos_encoding_mode(pos_encoding_mode)
+        dtypes = [utils.canonicalize_torch_dtype(one) for one in dtypes]
+        if str(dtypes[1]) == "torch.uint8":
+            raise UnsupportedError("kv_data_type: raddle has no NVFP4 cache (uint8)")
         return Config(
             kind,
             *shape,
-            *(utils.canonicalize_torch_dtype(one) for one in dtypes),
+            *dtypes,
             self._kv_layout,
             causal,
             window_left,
@@ -213,8 +216,8 @@ class Wrapper:
             k, v = utils._unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
         else:
             k, v = paged_kv_cache, None
-        if k.dtype.is_floating_point and kv_cache_sf is None:
-            return k, v
-        if kv_cache_sf is None:
+        if kv_cache_sf is not None:
+            raise UnsupportedError("kv_cache_sf: raddle has no NVFP4 cache")
+        if k.dtype.itemsize == 1 and not k.dtype.is_floating_point:
             raise ValueError(f"kv_cache_sf: a cache of {k.dtype} (NVFP4) needs its block scales")
-        raise UnsupportedError("kv_cache_sf: raddle has no NVFP4 cache")
+        return k, v
