@@ -32,8 +32,9 @@ int raddle_py_parse_lse_base(const char *text, raddle_lse_base *out_base) {
 /* Arrays of 16-bit floats and the like reach NumPy users as uint16: their bits are read as the
  * planned dtype. */
 void raddle_py_read_bits_as(raddle_tensor_arg *arg, raddle_dtype dtype) {
-    if (arg->view != NULL && arg->tensor.dtype == RADDLE_U16 &&
-        (dtype == RADDLE_BF16 || dtype == RADDLE_F16)) {
+    const raddle_dtype given = arg->view == NULL ? RADDLE_DTYPE_NONE : arg->tensor.dtype;
+    if ((given == RADDLE_U16 && (dtype == RADDLE_BF16 || dtype == RADDLE_F16)) ||
+        (given == RADDLE_U8 && (dtype == RADDLE_F8_E4M3 || dtype == RADDLE_F8_E5M2))) {
         arg->tensor.dtype = dtype;
     }
 }
