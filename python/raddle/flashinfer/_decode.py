@@ -163,13 +163,14 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             raise UnsupportedError(
                 "is_causal: follows from q_len_per_req > 1; another value is not supported"
             )
-        config = self._make_config(
+        asked = (
             (num_qo_heads, num_kv_heads, head_dim, page_size),
             (window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta),
             (q_data_type, kv_data_type, o_data_type, data_type),
             (fixed_split_size, disable_split_kv),
             q_len_per_req,
         )
+        config = self._config if asked == self._asked else self._make_config(*asked)
         sizes = Sizes(len(last_page_len), len(indices), len(last_page_len) * q_len_per_req)
         if self._use_cuda_graph:
             self._plans.maxima = self._graph_maxima(sizes, q_len_per_req)
@@ -179,7 +180,10 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         )
         if copies_buffers:
             self._keep_tables(indptr, indices, last_page_len, non_blocking)
-        self._remember(config)
+        if config is not self._config:
+            self._remember(config)
+        self._batch_size = sizes.batch
+        self._asked = asked
 
     def _make_config(self, shape, logits, dtypes, split, q_len_per_req):
         """The Config of plan()'s arguments, or what is wrong with them."""
@@ -242,14 +246,13 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             )
 
     def _keep_tables(self, indptr, indices, last_page_len, non_blocking):
-        """The page table on the device: in the graph's buffers, else in tensors of its own. run()
-        does not read them; callers do."""
+        """The page table as callers may read it: in the graph's buffers, else as it came.
+
+        run() does not look at it."""
         if not self._use_cuda_graph:
-            self._paged_kv_indptr_buf = indptr.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_indices_buf = indices.to(self.device, non_blocking=non_blocking)
-            self._paged_kv_last_page_len_buf = last_page_len.to(
-                self.device, non_blocking=non_blocking
-            )
+            self._paged_kv_indptr_buf = indptr
+            self._paged_kv_indices_buf = indices
+            self._paged_kv_last_page_len_buf = last_page_len
             return
         keep_tables(
             (

@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
     rows: int
 
     def fits(self, maxima):
-        return all(mine <= most for mine, most in zip(self, maxima, strict=True))
+        return self[0] <= maxima[0] and self[1] <= maxima[1] and self[2] <= maxima[2]
 
     def grown(self, before):
         """Maxima for this batch and for what fitted before."""
@@ -151,12 +151,17 @@ class WrapperPlans:
         Sinks are an argument of run(), so a plan with them is made at the first run that brings
         some. From then on both kinds are planned here, as far as they are in use. After an error
         the batch before is still there."""
-        slots = {has: self._slots.get(config._replace(sinks=has)) for has in (False, True)}
+        if self._ready and config is self._batch[0]:
+            slots = self._ready
+        else:
+            slots = {has: self._slots.get(config._replace(sinks=has)) for has in (False, True)}
         wanted = [has for has, slot in slots.items() if slot is not None and slot.was_run]
         ready = {}
         try:
             for has_sinks in wanted or [False]:
-                slot = self._slot(config._replace(sinks=has_sinks), sizes)
+                slot = slots.get(has_sinks)
+                if slot is None or not sizes.fits(slot.maxima):
+                    slot = self._slot(config._replace(sinks=has_sinks), sizes)
                 self._plan_slot(slot, tables)
                 ready[has_sinks] = slot
         except Exception:

@@ -67,6 +67,7 @@ class Wrapper:
         self._plans = WrapperPlans(self.device, float_workspace_buffer)
         self._plan_info = None
         self._config = None
+        self._asked = None  # what the last plan() was told, when _config was made of it
         self._batch_size = 0
         self._fixed_batch_size = 0
 
@@ -167,6 +168,7 @@ class Wrapper:
         if config != before:
             self._plans.plan_again(config)
             self._remember(config)
+            self._asked = None
 
     def _require_plan(self):
         if self._config is None:

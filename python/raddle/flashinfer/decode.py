@@ -176,12 +176,8 @@ def fast_decode_plan(
         disable_split_kv=disable_split_kv,
         q_len_per_req=q_len_per_req,
         host_indptr=global_override_indptr_cpu,
-        copies_buffers=False,
+        copies_buffers=not self._use_cuda_graph,
     )
-    if not self._use_cuda_graph:
-        self._paged_kv_indptr_buf = indptr
-        self._paged_kv_indices_buf = indices
-        self._paged_kv_last_page_len_buf = last_page_len
 
 
 __getattr__ = refuser(
