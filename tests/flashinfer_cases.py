@@ -5,6 +5,7 @@ Needs: torch, where these are used.
 
 import numpy as np
 from raddle import flashinfer
+
 from tests.attention_cases import Batch, assert_close
 from tests.reference.attention import Variant
 

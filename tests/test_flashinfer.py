@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from raddle import flashinfer
 from raddle.flashinfer import _plans
+
 from tests.attention_cases import assert_close, from_bits, to_bits
 from tests.flashinfer_cases import HEADS, LENGTHS, VARIANTS, Problem, to_torch, value, workspace
 from tests.reference.attention import Variant, attend

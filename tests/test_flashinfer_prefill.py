@@ -8,6 +8,7 @@ import pytest
 from raddle import flashinfer
 from raddle.flashinfer import _plans
 from raddle.flashinfer.utils import get_alibi_slopes
+
 from tests.attention_cases import assert_close, from_bits, to_bits
 from tests.flashinfer_cases import VARIANTS, Problem, to_torch, value, workspace
 from tests.reference.attention import alibi_slopes, attend, merge
