@@ -5,7 +5,8 @@
 FOLDER holds FlashInfer's tests: a checkout (its tests import `tests.test_helpers`), or the flat
 folder that its source archives up to 0.3.1 carry, with the helper modules that those import beside
 them. Run are the files below that are found there: decode, page, cascade merge, norm, rope,
-activation, sampling, and what they share with prefill. --jobs splits the cases over processes.
+activation, sampling, and what they share with prefill. --jobs splits the cases over processes; a
+case that finds the GPU's memory taken by the others frees its own, waits and runs again.
 
 Needs: torch with CUDA, pytest, a GPU. FlashInfer's files are no part of raddle.
 """
@@ -13,7 +14,11 @@ Needs: torch with CUDA, pytest, a GPU. FlashInfer's files are no part of raddle.
 import argparse
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
+
+import pytest
 
 FILES = (
     "test_activation.py",
@@ -35,8 +40,12 @@ FILES = (
 )
 
 
+TRIES, WAIT_SECONDS = 20, 1.0  # of a case that runs out of memory
+KEPT_BYTES = 1 << 32  # of torch's cache between cases
+
+
 class Share:
-    """A pytest plugin that keeps every count-th case, from the index-th on."""
+    """A pytest plugin that keeps every count-th case, from the index-th on, and shares the memory."""
 
     def __init__(self, index, count):
         self.index, self.count = index, count
@@ -45,6 +54,26 @@ class Share:
         kept = items[self.index :: self.count]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem):
+        import torch
+
+        names = pyfuncitem._fixtureinfo.argnames
+        arguments = {name: pyfuncitem.funcargs[name] for name in names}
+        for left in reversed(range(TRIES if self.count > 1 else 1)):
+            try:
+                pyfuncitem.obj(**arguments)
+                break
+            except torch.OutOfMemoryError as error:
+                if left == 0:
+                    raise
+                traceback.clear_frames(error.__traceback__)
+            torch.cuda.empty_cache()
+            time.sleep(WAIT_SECONDS)
+        if torch.cuda.memory_reserved() > KEPT_BYTES:
+            torch.cuda.empty_cache()
+        return True
 
 
 def find_files(folder):
@@ -56,7 +85,6 @@ def find_files(folder):
 
 def run_share(folder, index, count, arguments):
     """Collect and run in this process; pytest's exit status."""
-    import pytest
     import raddle.flashinfer
 
     raddle.flashinfer.install()
