@@ -45,7 +45,7 @@ KEPT_BYTES = 1 << 32  # of torch's cache between cases
 
 
 class Share:
-    """A pytest plugin that keeps every count-th case, from the index-th on, and shares the memory."""
+    """A pytest plugin: every count-th case, from the index-th on, in memory that others use too."""
 
     def __init__(self, index, count):
         self.index, self.count = index, count
