@@ -95,7 +95,7 @@ BAD_CALLS = [
     (lambda: ops.sample(X, top_p=np.full(4, 1.5)), ArgumentError, "top_p: .*1.5"),
     (lambda: ops.sample(X, min_p=1.01), ArgumentError, "min_p"),
     (lambda: ops.sample(X, seed=np.ones(3, np.int64)), ShapeError, "seed"),
-    (lambda: ops.sample(X, out=np.ones(4, np.int64)), DTypeError, "out"),
+    (lambda: ops.sample(X, out=np.ones(4, np.float32)), DTypeError, "out: .*float32"),
     (lambda: ops.token_logprobs(X, POSITIONS + 8), ArgumentError, "ids: .*row 0.*8"),
     (lambda: ops.token_logprobs(X, POSITIONS, top=9), ArgumentError, "top: .*8.*9"),
     (lambda: ops.token_logprobs(X, POSITIONS, top=-1), ArgumentError, "top"),

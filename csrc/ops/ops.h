@@ -96,25 +96,50 @@ raddle_status raddle_ops_linear_run(const raddle_ops_linear *linear, const raddl
 
 /* ---------------------------------------------------------------- sampling */
 
-/* logits [n, vocab] -> out float32 [n, vocab] = softmax(logits / temperature). */
+/* logits [n, vocab] -> out float32 [n, vocab] = softmax(logits / temperature); temperatures: float32
+ * [n] on logits' device, in its place, or NULL. */
 raddle_status raddle_ops_softmax(const raddle_tensor *logits, float temperature,
-                                 const raddle_tensor *out, raddle_stream stream);
+                                 const raddle_tensor *temperatures, const raddle_tensor *out,
+                                 raddle_stream stream);
 
-/* Settings: rows[0] for all rows, or one each (num_rows is 1 or n). A tensor that is not NULL, [n]
- * on the logits' device, replaces its field; on the CPU it is read and checked, on CUDA it is read
- * by the kernel: temperature, top_p, min_p float32, top_k int32, seed and offset int64. */
+/* Settings: rows[0] for all rows, or one each (num_rows is 1 or n). A tensor that is not NULL, [n] of
+ * any stride, replaces its field; one of the host is read and checked, one on x's device is read by
+ * the kernel: temperature, top_p, min_p float32, top_k int32, seed and offset int64 or uint64. */
 typedef struct raddle_ops_sample_args {
-    const raddle_tensor *logits; /* [n, vocab] */
-    const raddle_tensor *out;    /* int32 [n] */
+    const raddle_tensor *x;       /* [inputs, vocab]: logits, or probabilities of any sum */
+    const raddle_tensor *indices; /* [n]: rows of x; or NULL: n is inputs */
+    const raddle_tensor *out;     /* sample: [n] int32 or int64; filter: like x, may be x */
+    const raddle_tensor *valid;   /* sample: [n] bool or uint8, or NULL */
     const raddle_ops_sample_row *rows;
     int64_t num_rows;
     const raddle_tensor *temperature, *top_k, *top_p, *min_p, *seed, *offset;
+    bool is_probs;
+    bool is_joint;      /* top_p is of all tokens, not of those that min_p and top_k leave */
+    bool is_row_stream; /* rows of one seed and offset draw different numbers */
 } raddle_ops_sample_args;
 
 /* Temperature, min_p, top_k, then top_p of what is left; then inverse transform sampling over the
- * vocabulary in order. A row's result is a function of its logits and settings alone, the same on
- * every back end. NaN in a row, or no logit above -inf: an error on the CPU, -1 on CUDA. */
+ * vocabulary in order. A row's result is a function of its values and settings alone (and of its
+ * number with is_row_stream), the same on every back end. A row with NaN, without a logit above -inf,
+ * or of probabilities with infinity or without one above 0, is an error on the CPU and -1 on CUDA;
+ * with valid, it is 0 and not valid on both. */
 raddle_status raddle_ops_sample(const raddle_ops_sample_args *args, raddle_stream stream);
+/* What top_k and then top_p leave: probabilities brought to the sum 1, logits with -inf elsewhere. A
+ * row with NaN, or of probabilities with infinity, becomes NaN. */
+raddle_status raddle_ops_filter(const raddle_ops_sample_args *args, raddle_stream stream);
+
+/* Speculative decoding of a drafted chain (arXiv 2302.01318), as raddle_ops_verify_params has it. On
+ * the CPU a drafted token outside the vocabulary or a row that cannot be drawn from is an error. */
+typedef struct raddle_ops_verify_args {
+    const raddle_tensor *draft, *target;     /* [n, steps, vocab], [n, steps + 1, vocab] */
+    const raddle_tensor *ids;                /* [n, steps] */
+    const raddle_tensor *out;                /* int32 [n, steps + 1] */
+    const raddle_tensor *accepted, *emitted; /* int32 [n], added to; or NULL */
+    const raddle_tensor *seed, *offset;      /* [n] int64 or uint64 on draft's device; or NULL: */
+    uint64_t seed_value, offset_value;
+    bool is_row_stream;
+} raddle_ops_verify_args;
+raddle_status raddle_ops_verify(const raddle_ops_verify_args *args, raddle_stream stream);
 
 /* logits [n, vocab], ids [n] -> logprobs float32 [n]; top_ids int32 and top_logprobs float32
  * [n, top], both NULL when no alternatives are wanted. */

@@ -28,19 +28,10 @@ struct raddle_ops_linear {
     bool weight_owned;         /* CUDA: else it is the caller's, who keeps it alive */
 };
 
-/* Settings of every row of one sample call. */
+/* One call of sample or filter, and the settings of its rows, or of all (call.settings_step 0). */
 typedef struct raddle_ops_sample_job {
-    const void *logits;
-    int32_t *out;
-    int64_t logits_stride_row, out_stride;
-    int64_t rows, vocab;
-    raddle_dtype dtype;
+    raddle_ops_sample_call call;
     const raddle_ops_sample_row *settings;
-    int64_t settings_step; /* 0: settings[0] for all */
-    /* On the device, or NULL. */
-    const float *temperature, *top_p, *min_p;
-    const int32_t *top_k;
-    const int64_t *seed, *offset;
 } raddle_ops_sample_job;
 
 typedef struct raddle_ops_backend {
@@ -58,6 +49,9 @@ typedef struct raddle_ops_backend {
     raddle_status (*softmax)(int32_t device, const raddle_ops_softmax_params *params,
                              raddle_stream stream);
     raddle_status (*sample)(int32_t device, const raddle_ops_sample_job *job, raddle_stream stream);
+    raddle_status (*filter)(int32_t device, const raddle_ops_sample_job *job, raddle_stream stream);
+    raddle_status (*verify)(int32_t device, const raddle_ops_verify_params *params,
+                            raddle_stream stream);
     raddle_status (*logprobs)(int32_t device, const raddle_ops_logprobs_params *params,
                               raddle_stream stream);
     /* Fills linear->weight and linear->bias; the tensors are on the host or on linear->device. What
@@ -90,6 +84,10 @@ raddle_status raddle_ops_check_float(const raddle_tensor *tensor);
 raddle_status raddle_ops_check_input(const raddle_tensor *tensor, const raddle_tensor *like);
 /* The same for what is written: also writable and without overlap. */
 raddle_status raddle_ops_check_output(const raddle_tensor *tensor, const raddle_tensor *like);
+/* [n, vocab], float, vocab at least 1: logits, or probabilities. */
+raddle_status raddle_ops_check_logits(const raddle_tensor *logits);
+raddle_status raddle_ops_check_result(const raddle_tensor *tensor, const raddle_tensor *like,
+                                      int ndim, const int64_t *shape, raddle_dtype dtype);
 /* [n] int32 or int64 on like's device. */
 raddle_status raddle_ops_check_indices(const raddle_tensor *tensor, const raddle_tensor *like,
                                        int64_t n);

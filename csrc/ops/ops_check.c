@@ -47,6 +47,23 @@ raddle_status raddle_ops_check_extent(const raddle_tensor *tensor, const char *w
     return RADDLE_OK;
 }
 
+raddle_status raddle_ops_check_logits(const raddle_tensor *logits) {
+    RADDLE_TRY(raddle_tensor_check_shape(logits, 2, (const int64_t[]){-1, -1}));
+    RADDLE_TRY(raddle_ops_check_float(logits));
+    RADDLE_TRY(raddle_ops_check_input(logits, NULL));
+    RADDLE_TRY(raddle_ops_check_extent(logits, "a vocabulary", logits->shape[1]));
+    RADDLE_REQUIRE(logits->shape[1] >= 1, RADDLE_ERR_SHAPE,
+                   "%s: expected a vocabulary of at least 1, got 0", logits->name);
+    return RADDLE_OK;
+}
+
+raddle_status raddle_ops_check_result(const raddle_tensor *tensor, const raddle_tensor *like,
+                                      int ndim, const int64_t *shape, raddle_dtype dtype) {
+    RADDLE_TRY(raddle_tensor_check_shape(tensor, ndim, shape));
+    RADDLE_TRY(raddle_tensor_check_dtype(tensor, dtype));
+    return raddle_ops_check_output(tensor, like);
+}
+
 /* Whether dimension d can be walked together with the group that ends in (extent, stride): d's step
  * is the group's whole length, for every tensor. */
 static bool can_join(const raddle_tensor *const *tensors, int num_tensors, int d, int64_t extent,

@@ -18,7 +18,8 @@ static const char *const names[RADDLE_OPS_NUM_KERNELS] = {
     [RADDLE_OPS_NORM] = "ops/ops_norm",           [RADDLE_OPS_ROPE] = "ops/ops_rope",
     [RADDLE_OPS_ROPE_FP8] = "ops/ops_rope_fp8",   [RADDLE_OPS_ACT_AND_MUL] = "ops/ops_act_and_mul",
     [RADDLE_OPS_EMBEDDING] = "ops/ops_embedding", [RADDLE_OPS_SOFTMAX] = "ops/ops_softmax",
-    [RADDLE_OPS_SAMPLE] = "ops/ops_sample",       [RADDLE_OPS_LOGPROBS] = "ops/ops_logprobs",
+    [RADDLE_OPS_SAMPLE] = "ops/ops_sample",       [RADDLE_OPS_FILTER] = "ops/ops_filter",
+    [RADDLE_OPS_VERIFY] = "ops/ops_verify",       [RADDLE_OPS_LOGPROBS] = "ops/ops_logprobs",
 };
 
 /* ---------------------------------------------------------------- numbers */
@@ -108,6 +109,12 @@ void raddle_ops_config_text(const raddle_ops_config *config, char text[RADDLE_OP
         snprintf(text, size, "#define RADDLE_ELEMENT_BYTES %d\n#define RADDLE_ACCESS_BYTES %d\n",
                  bytes, config->is_vector ? 16 : bytes);
         break;
+    case RADDLE_OPS_SAMPLE:
+    case RADDLE_OPS_FILTER:
+        snprintf(text, size,
+                 "#define RADDLE_TYPE %s\n#define RADDLE_IS_PROBS %d\n#define RADDLE_VECTOR %d\n",
+                 type, (int)config->variant, vector);
+        break;
     default:
         snprintf(text, size, "#define RADDLE_TYPE %s\n#define RADDLE_VECTOR %d\n", type, vector);
         break;
@@ -160,6 +167,14 @@ static const raddle_ops_config listed[] = {
     {RADDLE_OPS_SAMPLE, RADDLE_F16, true, 0, 0},
     {RADDLE_OPS_SAMPLE, RADDLE_F32, true, 0, 0},
     {RADDLE_OPS_SAMPLE, RADDLE_F32, false, 0, 0},
+    {RADDLE_OPS_SAMPLE, RADDLE_F32, true, 1, 0},
+    {RADDLE_OPS_SAMPLE, RADDLE_F32, false, 1, 0},
+    {RADDLE_OPS_FILTER, RADDLE_F32, true, 0, 0},
+    {RADDLE_OPS_FILTER, RADDLE_F32, true, 1, 0},
+    {RADDLE_OPS_FILTER, RADDLE_BF16, true, 1, 0},
+    {RADDLE_OPS_FILTER, RADDLE_F16, false, 0, 0},
+    {RADDLE_OPS_VERIFY, RADDLE_F32, true, 0, 0},
+    {RADDLE_OPS_VERIFY, RADDLE_BF16, false, 0, 0},
     {RADDLE_OPS_LOGPROBS, RADDLE_BF16, true, 0, 0},
     {RADDLE_OPS_LOGPROBS, RADDLE_F32, true, 0, 0},
     {RADDLE_OPS_LOGPROBS, RADDLE_F32, false, 0, 0},

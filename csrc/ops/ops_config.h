@@ -12,15 +12,17 @@ typedef enum raddle_ops_kernel {
     RADDLE_OPS_EMBEDDING,
     RADDLE_OPS_SOFTMAX,
     RADDLE_OPS_SAMPLE,
+    RADDLE_OPS_FILTER,
+    RADDLE_OPS_VERIFY,
     RADDLE_OPS_LOGPROBS,
     RADDLE_OPS_NUM_KERNELS
 } raddle_ops_kernel;
 
 typedef struct raddle_ops_config {
     raddle_ops_kernel kernel;
-    raddle_dtype dtype;  /* float32, float16, bfloat16; embedding: only its size counts */
-    bool is_vector;      /* rows are read 16 bytes at a time */
-    int32_t variant;     /* norm and rope: as below; act: which */
+    raddle_dtype dtype; /* float32, float16, bfloat16; embedding: only its size counts */
+    bool is_vector;     /* rows are read 16 bytes at a time */
+    int32_t variant; /* norm and rope: as below; act: which; sample and filter: of probabilities */
     int32_t row_threads; /* norm: 32, 128, 256 or 512 */
 } raddle_ops_config;
 

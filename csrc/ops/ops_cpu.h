@@ -12,6 +12,8 @@ typedef struct raddle_ops_cpu_loops {
     double (*exp_sum)(float *out, const float *x, int64_t count, float max, float factor);
     /* out[i] = raddle_ops_weight(x[i], max, factor). */
     void (*weights)(int64_t *out, const float *x, int64_t count, float max, float factor);
+    /* out[i] = raddle_ops_prob_weight(x[i], factor). */
+    void (*prob_weights)(int64_t *out, const float *x, int64_t count, float factor);
     /* Sum of weight[i] where x[i] >= least. */
     int64_t (*sum_weights)(const int64_t *weight, const float *x, int64_t count, float least);
 } raddle_ops_cpu_loops;
@@ -38,13 +40,21 @@ raddle_status raddle_ops_cpu_rope(int32_t device, const raddle_ops_rope_params *
 raddle_status raddle_ops_cpu_rope_fp8(int32_t device, const raddle_ops_rope_fp8_params *params,
                                       raddle_stream stream);
 
-/* ops_cpu_sample.c */
+/* ops_cpu_softmax.c */
 raddle_status raddle_ops_cpu_softmax(int32_t device, const raddle_ops_softmax_params *params,
                                      raddle_stream stream);
-raddle_status raddle_ops_cpu_sample(int32_t device, const raddle_ops_sample_job *job,
-                                    raddle_stream stream);
 raddle_status raddle_ops_cpu_logprobs(int32_t device, const raddle_ops_logprobs_params *params,
                                       raddle_stream stream);
+
+/* ops_cpu_sample.c */
+raddle_status raddle_ops_cpu_sample(int32_t device, const raddle_ops_sample_job *sample,
+                                    raddle_stream stream);
+raddle_status raddle_ops_cpu_filter(int32_t device, const raddle_ops_sample_job *filter,
+                                    raddle_stream stream);
+
+/* ops_cpu_verify.c */
+raddle_status raddle_ops_cpu_verify(int32_t device, const raddle_ops_verify_params *p,
+                                    raddle_stream stream);
 
 /* ops_cpu_linear.c */
 raddle_status raddle_ops_cpu_linear_pack(raddle_ops_linear *linear, const raddle_tensor *weight,

@@ -133,6 +133,12 @@ LOOP_TARGET static void weights(int64_t *out, const float *x, int64_t count, flo
     }
 }
 
+LOOP_TARGET static void prob_weights(int64_t *out, const float *x, int64_t count, float factor) {
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = x[i] > 0 ? (int64_t)(x[i] * factor) : 0;
+    }
+}
+
 LOOP_TARGET static int64_t sum_weights(const int64_t *weight, const float *x, int64_t count,
                                        float least) {
     int64_t sum = 0;
@@ -148,6 +154,7 @@ const raddle_ops_cpu_loops LOOP_TABLE = {
                     [RADDLE_OPS_GELU_TANH] = gelu_tanh_and_mul},
     .exp_sum = exp_sum,
     .weights = weights,
+    .prob_weights = prob_weights,
     .sum_weights = sum_weights,
 };
 

@@ -10,7 +10,6 @@
 
 #include "base/threads.h"
 #include "cpu/vec.h"
-#include "kernels/ops/ops_bits.h"
 
 enum { BLOCK = 512 }; /* floats of a row that are in work at once */
 

@@ -226,64 +226,103 @@ static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_pa
 /* ---------------------------------------------------------------- logits */
 
 static raddle_ops_config logits_config(raddle_ops_kernel kernel, raddle_dtype dtype,
-                                       const void *logits, int64_t stride_row) {
+                                       const void *logits, int64_t stride_row, int32_t variant) {
     return (raddle_ops_config){
         .kernel = kernel,
         .dtype = dtype,
         .is_vector = is_aligned(logits, stride_row, 0, raddle_dtype_bytes(dtype)),
+        .variant = variant,
     };
 }
 
 static raddle_status run_softmax(int32_t device, const raddle_ops_softmax_params *p,
                                  raddle_stream stream) {
-    const raddle_ops_config config =
-        logits_config(RADDLE_OPS_SOFTMAX, (raddle_dtype)p->dtype, p->logits, p->logits_stride_row);
+    const raddle_ops_config config = logits_config(RADDLE_OPS_SOFTMAX, (raddle_dtype)p->dtype,
+                                                   p->logits, p->logits_stride_row, 0);
     return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
 
-static const void *skip_rows(const void *array, int64_t rows, size_t bytes) {
-    return array ? (const char *)array + rows * (int64_t)bytes : NULL;
+/* Element i * stride of an array, or NULL. */
+static const void *skip(const void *array, int64_t i, int64_t stride, size_t bytes) {
+    return array ? (const char *)array + i * stride * (int64_t)bytes : NULL;
+}
+
+/* The call for rows from row on. */
+static raddle_ops_sample_call skip_rows(const raddle_ops_sample_call *whole, int64_t row,
+                                        int64_t rows, size_t out_bytes) {
+    raddle_ops_sample_call c = *whole;
+    c.out = (void *)(uintptr_t)skip(c.out, row, c.out_stride, out_bytes);
+    c.valid = (void *)(uintptr_t)skip(c.valid, row, c.valid_stride, 1);
+    if (c.indices) {
+        c.indices = skip(c.indices, row, c.indices_stride, c.indices_are_i64 ? 8 : 4);
+    } else {
+        c.x = skip(c.x, row, c.x_stride_row, raddle_dtype_bytes((raddle_dtype)c.dtype));
+        c.num_inputs -= row;
+    }
+    c.temperature = skip(c.temperature, row, c.temperature_stride, sizeof(float));
+    c.top_p = skip(c.top_p, row, c.top_p_stride, sizeof(float));
+    c.min_p = skip(c.min_p, row, c.min_p_stride, sizeof(float));
+    c.top_k = skip(c.top_k, row, c.top_k_stride, sizeof(int32_t));
+    c.seed = skip(c.seed, row, c.seed_stride, sizeof(int64_t));
+    c.offset = skip(c.offset, row, c.offset_stride, sizeof(int64_t));
+    c.rows = rows;
+    c.first_row = row;
+    return c;
 }
 
 /* Settings of up to RADDLE_OPS_SAMPLE_ROWS rows travel in one launch; the same for all, in one. */
-static raddle_status run_sample(int32_t device, const raddle_ops_sample_job *job,
-                                raddle_stream stream) {
-    const raddle_ops_config config =
-        logits_config(RADDLE_OPS_SAMPLE, job->dtype, job->logits, job->logits_stride_row);
-    const int64_t element_bytes = (int64_t)raddle_dtype_bytes(job->dtype);
-    const int64_t step = job->settings_step ? RADDLE_OPS_SAMPLE_ROWS : INT_MAX;
-    for (int64_t row = 0; row < job->rows; row += step) {
-        const int64_t rows = job->rows - row < step ? job->rows - row : step;
-        raddle_ops_sample_params params = {
-            .logits = skip_rows(job->logits, row * job->logits_stride_row, (size_t)element_bytes),
-            .out = job->out + row * job->out_stride,
-            .logits_stride_row = job->logits_stride_row,
-            .out_stride = job->out_stride,
-            .vocab = job->vocab,
-            .temperature = skip_rows(job->temperature, row, sizeof(float)),
-            .top_p = skip_rows(job->top_p, row, sizeof(float)),
-            .min_p = skip_rows(job->min_p, row, sizeof(float)),
-            .top_k = skip_rows(job->top_k, row, sizeof(int32_t)),
-            .seed = skip_rows(job->seed, row, sizeof(int64_t)),
-            .offset = skip_rows(job->offset, row, sizeof(int64_t)),
-            .rows = (int32_t)rows,
-            .settings_step = (int32_t)job->settings_step,
-            .dtype = (int32_t)job->dtype,
-        };
-        for (int64_t i = 0; i < (job->settings_step ? rows : 1); i++) {
+static raddle_status launch_rows(int32_t device, const raddle_ops_config *config,
+                                 const raddle_ops_sample_job *job, size_t out_bytes,
+                                 raddle_stream stream) {
+    const raddle_ops_sample_call *whole = &job->call;
+    const int64_t step = whole->settings_step ? RADDLE_OPS_SAMPLE_ROWS : INT_MAX;
+    for (int64_t row = 0; row < whole->rows; row += step) {
+        const int64_t rows = whole->rows - row < step ? whole->rows - row : step;
+        raddle_ops_sample_params params = {.call = skip_rows(whole, row, rows, out_bytes)};
+        for (int64_t i = 0; i < (whole->settings_step ? rows : 1); i++) {
             params.settings[i] = job->settings[row + i];
         }
-        RADDLE_TRY(launch(device, &config, rows, 1, LOGITS_CTA_THREADS, &params, stream));
+        RADDLE_TRY(launch(device, config, rows, 1, LOGITS_CTA_THREADS, &params, stream));
     }
     return RADDLE_OK;
+}
+
+static raddle_status run_sample(int32_t device, const raddle_ops_sample_job *job,
+                                raddle_stream stream) {
+    const raddle_ops_sample_call *c = &job->call;
+    const raddle_ops_config config = logits_config(RADDLE_OPS_SAMPLE, (raddle_dtype)c->dtype, c->x,
+                                                   c->x_stride_row, c->is_probs);
+    return launch_rows(device, &config, job, c->out_is_i64 ? sizeof(int64_t) : sizeof(int32_t),
+                       stream);
+}
+
+static raddle_status run_filter(int32_t device, const raddle_ops_sample_job *job,
+                                raddle_stream stream) {
+    const raddle_ops_sample_call *c = &job->call;
+    const size_t bytes = raddle_dtype_bytes((raddle_dtype)c->dtype);
+    raddle_ops_config config = logits_config(RADDLE_OPS_FILTER, (raddle_dtype)c->dtype, c->x,
+                                             c->x_stride_row, c->is_probs);
+    config.is_vector &= is_aligned(c->out, c->out_stride, 0, bytes);
+    return launch_rows(device, &config, job, bytes, stream);
+}
+
+static raddle_status run_verify(int32_t device, const raddle_ops_verify_params *p,
+                                raddle_stream stream) {
+    const raddle_ops_config config = {
+        .kernel = RADDLE_OPS_VERIFY,
+        .dtype = (raddle_dtype)p->dtype,
+        .is_vector = is_aligned(p->target, p->target_stride_row, p->target_stride_step,
+                                raddle_dtype_bytes((raddle_dtype)p->dtype)),
+    };
+    return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
 
 static raddle_status run_logprobs(int32_t device, const raddle_ops_logprobs_params *p,
                                   raddle_stream stream) {
     RADDLE_REQUIRE(p->top <= RADDLE_OPS_MAX_TOP, RADDLE_ERR_UNSUPPORTED,
                    "top: at most %d on CUDA, got %d", RADDLE_OPS_MAX_TOP, p->top);
-    const raddle_ops_config config =
-        logits_config(RADDLE_OPS_LOGPROBS, (raddle_dtype)p->dtype, p->logits, p->logits_stride_row);
+    const raddle_ops_config config = logits_config(RADDLE_OPS_LOGPROBS, (raddle_dtype)p->dtype,
+                                                   p->logits, p->logits_stride_row, 0);
     return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
 
@@ -298,6 +337,8 @@ const raddle_ops_backend raddle_ops_backend_cuda = {
     .rope_fp8 = run_rope_fp8,
     .softmax = run_softmax,
     .sample = run_sample,
+    .filter = run_filter,
+    .verify = run_verify,
     .logprobs = run_logprobs,
     .linear_pack = raddle_ops_cuda_linear_pack,
     .linear_run = raddle_ops_cuda_linear_run,

@@ -1,52 +1,12 @@
-/* ops_sample.c - softmax, sampling and log-probabilities: checks for both back ends, and the
- * settings of every row brought into one form. */
+/* ops_sample.c - sampling, and what it leaves of rows: checks for both back ends, and the settings of
+ * every row brought into one form. */
 #include "ops/ops_backend.h"
 
 #include <math.h>
 
 #include "base/alloc.h"
 
-/* [n, vocab], float, vocab at least 1. */
-static raddle_status check_logits(const raddle_tensor *logits) {
-    RADDLE_TRY(raddle_tensor_check_shape(logits, 2, (const int64_t[]){-1, -1}));
-    RADDLE_TRY(raddle_ops_check_float(logits));
-    RADDLE_TRY(raddle_ops_check_input(logits, NULL));
-    RADDLE_TRY(raddle_ops_check_extent(logits, "a vocabulary", logits->shape[1]));
-    RADDLE_REQUIRE(logits->shape[1] >= 1, RADDLE_ERR_SHAPE,
-                   "%s: expected a vocabulary of at least 1, got 0", logits->name);
-    return RADDLE_OK;
-}
-
-static raddle_status check_result(const raddle_tensor *tensor, const raddle_tensor *logits,
-                                  int ndim, const int64_t *shape, raddle_dtype dtype) {
-    RADDLE_TRY(raddle_tensor_check_shape(tensor, ndim, shape));
-    RADDLE_TRY(raddle_tensor_check_dtype(tensor, dtype));
-    return raddle_ops_check_output(tensor, logits);
-}
-
-raddle_status raddle_ops_softmax(const raddle_tensor *logits, float temperature,
-                                 const raddle_tensor *out, raddle_stream stream) {
-    RADDLE_TRY(check_logits(logits));
-    RADDLE_REQUIRE(temperature > 0 && isfinite(temperature), RADDLE_ERR_VALUE,
-                   "temperature: expected a finite number above 0, got %g", (double)temperature);
-    RADDLE_TRY(check_result(out, logits, 2, logits->shape, RADDLE_F32));
-    if (logits->shape[0] == 0) {
-        return RADDLE_OK;
-    }
-    const raddle_ops_softmax_params params = {
-        .logits = logits->data,
-        .out = out->data,
-        .logits_stride_row = logits->stride[0],
-        .out_stride_row = out->stride[0],
-        .rows = logits->shape[0],
-        .vocab = logits->shape[1],
-        .inv_temperature = (float)(1.0 / (double)temperature),
-        .dtype = (int32_t)logits->dtype,
-    };
-    return raddle_ops_backend_for(logits->device)->softmax(logits->device.index, &params, stream);
-}
-
-/* ---------------------------------------------------------------- sample */
+/* ---------------------------------------------------------------- settings */
 
 /* One field of the settings that may come as a tensor. */
 typedef struct setting {
@@ -70,13 +30,14 @@ static void list_settings(const raddle_ops_sample_args *args, setting settings[N
 #undef SETTING
 }
 
-static raddle_status check_setting(const setting *s, const raddle_tensor *logits) {
+/* Of the n rows of a call; 64-bit ones count modulo 2^64. */
+static raddle_status check_setting(const setting *s, const raddle_tensor *x, int64_t n) {
     const raddle_tensor *t = s->tensor;
-    RADDLE_TRY(raddle_tensor_check_shape(t, 1, logits->shape));
+    const bool is_u64 = t->dtype == RADDLE_U64 && s->device_dtype == RADDLE_I64;
+    RADDLE_TRY(raddle_tensor_check_shape(t, 1, &n));
     if (t->device.type == RADDLE_CUDA) {
-        RADDLE_TRY(raddle_tensor_check_device(t, logits->device));
-        RADDLE_TRY(raddle_tensor_check_dtype(t, s->device_dtype));
-        return raddle_tensor_check_inner_contiguous(t);
+        RADDLE_TRY(raddle_tensor_check_device(t, x->device));
+        return is_u64 ? RADDLE_OK : raddle_tensor_check_dtype(t, s->device_dtype);
     }
     if (s->is_float) {
         RADDLE_REQUIRE(t->dtype == RADDLE_F32 || t->dtype == RADDLE_F64, RADDLE_ERR_DTYPE,
@@ -84,10 +45,8 @@ static raddle_status check_setting(const setting *s, const raddle_tensor *logits
                        raddle_dtype_name(t->dtype));
         return RADDLE_OK;
     }
-    RADDLE_REQUIRE(t->dtype == RADDLE_I32 || t->dtype == RADDLE_I64 ||
-                       (t->dtype == RADDLE_U64 && s->device_dtype == RADDLE_I64),
-                   RADDLE_ERR_DTYPE, "%s: expected int32 or int64, got %s", t->name,
-                   raddle_dtype_name(t->dtype));
+    RADDLE_REQUIRE(t->dtype == RADDLE_I32 || t->dtype == RADDLE_I64 || is_u64, RADDLE_ERR_DTYPE,
+                   "%s: expected int32 or int64, got %s", t->name, raddle_dtype_name(t->dtype));
     return RADDLE_OK;
 }
 
@@ -133,67 +92,82 @@ static raddle_status check_row(const raddle_ops_sample_row *row, int64_t i) {
     return RADDLE_OK;
 }
 
-static raddle_status check_sample(const raddle_ops_sample_args *args, const setting *settings,
-                                  bool *out_from_tensors) {
-    const raddle_tensor *logits = args->logits;
-    const int64_t n = logits->shape[0];
-    RADDLE_TRY(check_result(args->out, logits, 1, &n, RADDLE_I32));
-    RADDLE_REQUIRE(args->num_rows == 1 || args->num_rows == n, RADDLE_ERR_SHAPE,
-                   "settings: expected one value, or one for each of the %lld rows of %s, got %lld",
-                   (long long)n, logits->name, (long long)args->num_rows);
-    for (int i = 0; i < NUM_SETTINGS; i++) {
-        if (settings[i].tensor) {
-            RADDLE_TRY(check_setting(&settings[i], logits));
-            *out_from_tensors |= settings[i].tensor->device.type == RADDLE_CPU;
-        }
-    }
-    return RADDLE_OK;
-}
-
 static const void *device_array(const raddle_tensor *tensor) {
     return tensor && tensor->device.type == RADDLE_CUDA ? tensor->data : NULL;
 }
 
-static raddle_status run_sample(const raddle_ops_sample_args *args,
-                                const raddle_ops_sample_row *rows, bool per_row,
-                                raddle_stream stream) {
-    const raddle_tensor *logits = args->logits;
-    for (int64_t i = 0; i < (per_row ? logits->shape[0] : 1); i++) {
-        RADDLE_TRY(check_row(&rows[i], i));
-    }
-    const raddle_ops_sample_job job = {
-        .logits = logits->data,
-        .out = args->out->data,
-        .logits_stride_row = logits->stride[0],
-        .out_stride = args->out->stride[0],
-        .rows = logits->shape[0],
-        .vocab = logits->shape[1],
-        .dtype = logits->dtype,
-        .settings = rows,
-        .settings_step = per_row,
+static int64_t stride_of(const raddle_tensor *tensor) {
+    return tensor ? tensor->stride[0] : 0;
+}
+
+/* ---------------------------------------------------------------- the call */
+
+/* What both ends share: everything but where results go. */
+static raddle_ops_sample_call make_call(const raddle_ops_sample_args *args, int64_t n) {
+    return (raddle_ops_sample_call){
+        .x = args->x->data,
+        .indices = args->indices ? args->indices->data : NULL,
         .temperature = device_array(args->temperature),
         .top_p = device_array(args->top_p),
         .min_p = device_array(args->min_p),
         .top_k = device_array(args->top_k),
         .seed = device_array(args->seed),
         .offset = device_array(args->offset),
+        .x_stride_row = args->x->stride[0],
+        .indices_stride = stride_of(args->indices),
+        .temperature_stride = stride_of(args->temperature),
+        .top_p_stride = stride_of(args->top_p),
+        .min_p_stride = stride_of(args->min_p),
+        .top_k_stride = stride_of(args->top_k),
+        .seed_stride = stride_of(args->seed),
+        .offset_stride = stride_of(args->offset),
+        .vocab = args->x->shape[1],
+        .num_inputs = args->x->shape[0],
+        .rows = n,
+        .dtype = (int32_t)args->x->dtype,
+        .is_probs = args->is_probs,
+        .indices_are_i64 = args->indices && args->indices->dtype == RADDLE_I64,
+        .is_joint = args->is_joint,
+        .is_row_stream = args->is_row_stream,
     };
-    return raddle_ops_backend_for(logits->device)->sample(logits->device.index, &job, stream);
 }
 
-raddle_status raddle_ops_sample(const raddle_ops_sample_args *args, raddle_stream stream) {
-    const raddle_tensor *logits = args->logits;
+typedef raddle_status (*run_call)(int32_t device, const raddle_ops_sample_job *job,
+                                  raddle_stream stream);
+
+static raddle_status run_rows(const raddle_ops_sample_args *args, raddle_ops_sample_call *call,
+                              const raddle_ops_sample_row *rows, bool per_row, run_call run,
+                              raddle_stream stream) {
+    for (int64_t i = 0; i < (per_row ? call->rows : 1); i++) {
+        RADDLE_TRY(check_row(&rows[i], i));
+    }
+    call->settings_step = per_row;
+    const raddle_ops_sample_job job = {.call = *call, .settings = rows};
+    return run(args->x->device.index, &job, stream);
+}
+
+/* Reads the settings of the host into rows of our own, where there are any. */
+static raddle_status run_with_settings(const raddle_ops_sample_args *args,
+                                       raddle_ops_sample_call *call, run_call run,
+                                       raddle_stream stream) {
+    const int64_t n = call->rows;
     setting settings[NUM_SETTINGS];
-    bool from_tensors = false; /* of the host: read into rows of our own */
+    bool from_tensors = false;
     list_settings(args, settings);
-    RADDLE_TRY(check_logits(logits));
-    RADDLE_TRY(check_sample(args, settings, &from_tensors));
-    const int64_t n = logits->shape[0];
+    RADDLE_REQUIRE(args->num_rows == 1 || args->num_rows == n, RADDLE_ERR_SHAPE,
+                   "settings: expected one value, or one for each of the %lld rows of %s, got %lld",
+                   (long long)n, args->x->name, (long long)args->num_rows);
+    for (int i = 0; i < NUM_SETTINGS; i++) {
+        if (settings[i].tensor) {
+            RADDLE_TRY(check_setting(&settings[i], args->x, n));
+            from_tensors |= settings[i].tensor->device.type == RADDLE_CPU;
+        }
+    }
     if (n == 0) {
         return RADDLE_OK;
     }
     if (!from_tensors) {
-        return run_sample(args, args->rows, args->num_rows != 1, stream);
+        return run_rows(args, call, args->rows, args->num_rows != 1, run, stream);
     }
     const size_t bytes = (size_t)n * sizeof(raddle_ops_sample_row);
     raddle_ops_sample_row *rows = raddle_alloc(bytes);
@@ -208,51 +182,42 @@ raddle_status raddle_ops_sample(const raddle_ops_sample_args *args, raddle_strea
             read_setting(&settings[i], rows, n);
         }
     }
-    const raddle_status status = run_sample(args, rows, true, stream);
+    const raddle_status status = run_rows(args, call, rows, true, run, stream);
     raddle_free(rows);
     return status;
 }
 
-/* ---------------------------------------------------------------- log-probabilities */
+raddle_status raddle_ops_sample(const raddle_ops_sample_args *args, raddle_stream stream) {
+    const raddle_tensor *x = args->x, *out = args->out;
+    RADDLE_TRY(raddle_ops_check_logits(x));
+    const int64_t n = args->indices ? args->indices->shape[0] : x->shape[0];
+    if (args->indices) {
+        RADDLE_TRY(raddle_ops_check_indices(args->indices, x, -1));
+    }
+    RADDLE_REQUIRE(out->dtype == RADDLE_I32 || out->dtype == RADDLE_I64, RADDLE_ERR_DTYPE,
+                   "%s: expected int32 or int64, got %s", out->name, raddle_dtype_name(out->dtype));
+    RADDLE_TRY(raddle_ops_check_result(out, x, 1, &n, out->dtype));
+    raddle_ops_sample_call call = make_call(args, n);
+    call.out = out->data;
+    call.out_stride = out->stride[0];
+    call.out_is_i64 = out->dtype == RADDLE_I64;
+    if (args->valid) {
+        RADDLE_REQUIRE(args->valid->dtype == RADDLE_BOOL || args->valid->dtype == RADDLE_U8,
+                       RADDLE_ERR_DTYPE, "%s: expected bool or uint8, got %s", args->valid->name,
+                       raddle_dtype_name(args->valid->dtype));
+        RADDLE_TRY(raddle_ops_check_result(args->valid, x, 1, &n, args->valid->dtype));
+        call.valid = args->valid->data;
+        call.valid_stride = args->valid->stride[0];
+    }
+    return run_with_settings(args, &call, raddle_ops_backend_for(x->device)->sample, stream);
+}
 
-raddle_status raddle_ops_token_logprobs(const raddle_tensor *logits, const raddle_tensor *ids,
-                                        const raddle_tensor *logprobs, const raddle_tensor *top_ids,
-                                        const raddle_tensor *top_logprobs, raddle_stream stream) {
-    RADDLE_TRY(check_logits(logits));
-    const int64_t n = logits->shape[0];
-    RADDLE_TRY(raddle_ops_check_indices(ids, logits, n));
-    RADDLE_TRY(check_result(logprobs, logits, 1, &n, RADDLE_F32));
-    int64_t top = 0;
-    if (top_ids) {
-        RADDLE_TRY(check_result(top_ids, logits, 2, (const int64_t[]){n, -1}, RADDLE_I32));
-        top = top_ids->shape[1];
-        RADDLE_REQUIRE(top <= logits->shape[1], RADDLE_ERR_VALUE,
-                       "top: expected at most the vocabulary of %s, %lld, got %lld", logits->name,
-                       (long long)logits->shape[1], (long long)top);
-        RADDLE_TRY(check_result(top_logprobs, logits, 2, (const int64_t[]){n, top}, RADDLE_F32));
-        RADDLE_REQUIRE(raddle_tensor_is_contiguous(top_ids) &&
-                           raddle_tensor_is_contiguous(top_logprobs),
-                       RADDLE_ERR_SHAPE, "%s, %s: expected contiguous tensors", top_ids->name,
-                       top_logprobs->name);
-    }
-    RADDLE_REQUIRE(raddle_tensor_is_contiguous(logprobs), RADDLE_ERR_SHAPE,
-                   "%s: expected a contiguous tensor", logprobs->name);
-    if (n == 0) {
-        return RADDLE_OK;
-    }
-    const raddle_ops_logprobs_params params = {
-        .logits = logits->data,
-        .ids = ids->data,
-        .logprobs = logprobs->data,
-        .top_ids = top_ids ? top_ids->data : NULL,
-        .top_logprobs = top_ids ? top_logprobs->data : NULL,
-        .logits_stride_row = logits->stride[0],
-        .ids_stride = ids->stride[0],
-        .rows = n,
-        .vocab = logits->shape[1],
-        .top = (int32_t)top,
-        .dtype = (int32_t)logits->dtype,
-        .ids_are_i64 = ids->dtype == RADDLE_I64,
-    };
-    return raddle_ops_backend_for(logits->device)->logprobs(logits->device.index, &params, stream);
+raddle_status raddle_ops_filter(const raddle_ops_sample_args *args, raddle_stream stream) {
+    const raddle_tensor *x = args->x;
+    RADDLE_TRY(raddle_ops_check_logits(x));
+    RADDLE_TRY(raddle_ops_check_result(args->out, x, 2, x->shape, x->dtype));
+    raddle_ops_sample_call call = make_call(args, x->shape[0]);
+    call.out = args->out->data;
+    call.out_stride = args->out->stride[0];
+    return run_with_settings(args, &call, raddle_ops_backend_for(x->device)->filter, stream);
 }

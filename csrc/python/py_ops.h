@@ -36,6 +36,8 @@ bool raddle_py_ops_is_tensor(PyObject *object);
 int raddle_py_ops_add_norm(PyObject *module);
 /* py_ops_rope.c */
 int raddle_py_ops_add_rope(PyObject *module);
+/* py_ops_sample.c */
+int raddle_py_ops_add_sample(PyObject *module);
 /* py_ops_linear.c: the type Linear. */
 int raddle_py_ops_add_linear(PyObject *module);
 

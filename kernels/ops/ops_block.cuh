@@ -1,5 +1,5 @@
-/* ops_block.cuh - one CTA over one row of logits: passes, reductions, and the selection of the
- * largest.
+/* ops_block.cuh - one CTA over one row of logits or probabilities: passes, reductions, the selection
+ * of the largest, and drawing by weight.
  *
  * The CTA's warps divide the row in contiguous ranges, so that order over the vocabulary is order
  * over warps, then over steps of a warp, then over lanes.
@@ -217,25 +217,35 @@ __device__ __forceinline__ void clear_bins(selection_shared &s) {
     __syncthreads();
 }
 
-/* A first cut of values into bins, monotone: by distance from the maximum, where logits spread
- * better than by bits. */
-__device__ __forceinline__ int bin_of(float x, float max, float bins_per_unit) {
-    const float down = x == max ? 0.0f : __fmul_rn(__fsub_rn(max, x), bins_per_unit);
-    return down < (float)(BINS - 1) ? BINS - 1 - (int)down : 0;
-}
-
-/* What an element counts in a selection: 1, or its weight. */
-struct amounts {
+/* How the values of a row count in a selection: 1 each that may be drawn at all, or by weight. */
+template <bool IS_PROBS> struct amounts {
     bool by_weight;
     float max, factor; /* of weights */
+    float per_unit;    /* of logits: bins for a distance of 1 from the maximum */
     int32_t top_k;     /* not by weight: how many to keep */
     float top_p;       /* by weight: the share to keep */
 
+    __device__ __forceinline__ uint64_t weight(float x) const {
+        return (uint64_t)(IS_PROBS ? raddle_ops_prob_weight(x, factor)
+                                   : raddle_ops_weight(x, max, factor));
+    }
     __device__ __forceinline__ uint64_t of(float x) const {
-        return by_weight ? (uint64_t)raddle_ops_weight(x, max, factor) : 1;
+        const bool is_alive = IS_PROBS ? x > 0 : x > -__uint_as_float(0x7f800000u);
+        return by_weight ? weight(x) : is_alive;
     }
     __device__ __forceinline__ uint64_t wanted(uint64_t total) const {
         return by_weight ? (uint64_t)raddle_ops_top_p_mass(top_p, (int64_t)total) : (uint64_t)top_k;
+    }
+    /* A first cut of values into bins, monotone: by distance from the maximum, where logits spread
+     * better than by bits; a probability's bits are a logarithm already, 32 bins an octave. */
+    __device__ __forceinline__ int bin(float x) const {
+        if constexpr (IS_PROBS) {
+            const uint32_t down = (raddle_ops_key(max) - raddle_ops_key(x)) >> 18;
+            return down < BINS - 1 ? BINS - 1 - (int)down : 0;
+        } else {
+            const float down = x == max ? 0.0f : __fmul_rn(__fsub_rn(max, x), per_unit);
+            return down < (float)(BINS - 1) ? BINS - 1 - (int)down : 0;
+        }
     }
 };
 
@@ -243,22 +253,24 @@ struct amounts {
  * least_key, amount to what is wanted; least_key when they do not. A bin by distance first, then
  * the digits of the key inside that bin: each pass reads the row again. Loops are not unrolled:
  * their bodies are long, and compiling takes time too. */
-template <typename T, int VECTOR>
+template <typename T, int VECTOR, bool IS_PROBS>
 __device__ __forceinline__ uint32_t select_key(const row_of_logits<T, VECTOR> &row,
-                                               selection_shared &s, const amounts &amount,
-                                               float bins_per_unit, uint32_t least_key) {
+                                               selection_shared &s, const amounts<IS_PROBS> &amount,
+                                               uint32_t least_key) {
     uint64_t total = 0;
     clear_bins(s);
     row.each([&](float x, int64_t) {
         if (raddle_ops_key(x) >= least_key) {
             const uint64_t a = amount.of(x);
             total += a;
-            add_to_bin(s, bin_of(x, amount.max, bins_per_unit), a);
+            if (a > 0) {
+                add_to_bin(s, amount.bin(x), a);
+            }
         }
     });
     total = sum_block(total, s.scratch);
     const uint64_t wanted = amount.wanted(total);
-    if (wanted > total) {
+    if (wanted > total || total == 0) {
         return least_key;
     }
     if (threadIdx.x == 0) {
@@ -276,7 +288,7 @@ __device__ __forceinline__ uint32_t select_key(const row_of_logits<T, VECTOR> &r
         row.each([&](float x, int64_t) {
             const uint32_t key = raddle_ops_key(x);
             const bool is_inside = (key & mask) == prefix && key >= least_key;
-            if (is_inside && bin_of(x, amount.max, bins_per_unit) == first_bin) {
+            if (is_inside && amount.bin(x) == first_bin) {
                 add_to_bin(s, key >> shift & digit_mask, amount.of(x));
             }
         });
@@ -284,6 +296,72 @@ __device__ __forceinline__ uint32_t select_key(const row_of_logits<T, VECTOR> &r
         mask |= digit_mask << shift;
     }
     return prefix;
+}
+
+/* ------------------------------------------------------------------ drawing */
+
+/* The lane, step by step through the warp's range, at which the running sum of weight(value, index)
+ * passes left; it calls write(index). */
+template <typename T, int VECTOR, typename W, typename F>
+__device__ __forceinline__ void search_range(const row_of_logits<T, VECTOR> &row, uint64_t left,
+                                             W weight, F write) {
+    bool found = false;
+    row.each_step([&](const float(&x)[VECTOR], int64_t i, int count) {
+        uint64_t sum = 0;
+#pragma unroll
+        for (int j = 0; j < VECTOR; j++) {
+            sum += j < count ? weight(x[j], i + j) : 0;
+        }
+        uint64_t end = sum; /* over the lanes up to this one */
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes <<= 1) {
+            const uint64_t below = shuffle_up(end, lanes);
+            end += threadIdx.x % 32 >= lanes ? below : 0;
+        }
+        const uint64_t begin = end - sum;
+        if (!found && begin <= left && left < end) {
+            uint64_t inside = begin;
+            int j = -1;
+#pragma unroll
+            for (int k = 0; k < VECTOR; k++) {
+                inside += k < count ? weight(x[k], i + k) : 0;
+                j = j < 0 && inside > left ? k : j;
+            }
+            write(i + j);
+        }
+        const uint64_t step = (uint64_t)__shfl_sync(ALL_LANES, (uint32_t)(end >> 32), 31) << 32 |
+                              __shfl_sync(ALL_LANES, (uint32_t)end, 31);
+        found |= left < step;
+        left -= found ? 0 : step;
+    });
+}
+
+/* Draws from the row by weight(value, index), with 64 random bits: one thread calls write(index).
+ * False, for all, when every weight is 0. Barriers: scratch is free before, written, read. */
+template <typename T, int VECTOR, typename W, typename F>
+__device__ __forceinline__ bool draw_token(const row_of_logits<T, VECTOR> &row, uint64_t *scratch,
+                                           uint64_t random, W weight, F write) {
+    uint64_t mine = 0; /* of this warp's range */
+    row.each([&](float x, int64_t i) { mine += weight(x, i); });
+#pragma unroll
+    for (int bit = 1; bit < 32; bit <<= 1) {
+        mine += shuffle_xor(mine, bit);
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) {
+        scratch[threadIdx.x / 32] = mine;
+    }
+    __syncthreads();
+    uint64_t total = 0, begin = 0;
+    for (int w = 0; w < ROW_WARPS; w++) {
+        begin = w == threadIdx.x / 32 ? total : begin;
+        total += scratch[w];
+    }
+    const uint64_t left = (uint64_t)raddle_ops_random_below(random, (int64_t)total);
+    if (begin <= left && left < begin + mine) {
+        search_range(row, left - begin, weight, write);
+    }
+    return total > 0;
 }
 
 } // namespace raddle

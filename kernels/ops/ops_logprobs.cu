@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, 1)
     }
     /* Bins for 40 units below the maximum, where the likeliest lie; what is further down shares the
      * last one. */
-    const amounts amount = {false, max, 0.0f, p.top, 0.0f};
-    const uint32_t least_key = select_key(row, s, amount, (BINS - 1) / 40.0f, 0);
+    const amounts<false> amount = {false, max, 0.0f, (BINS - 1) / 40.0f, p.top, 0.0f};
+    const uint32_t least_key = select_key(row, s, amount, 0);
     collect_top(row, s, t, least_key, p.top);
     __syncthreads(); /* the list is complete */
     for (int at = threadIdx.x; at < p.top; at += ROW_THREADS) {

@@ -202,18 +202,20 @@ typedef struct raddle_ops_embedding_params {
 } raddle_ops_embedding_params;
 RADDLE_ASSERT_SIZE(raddle_ops_embedding_params, 3 * 8 + 5 * 8 + 4 * 4);
 
-/* out = softmax(logits * inv_temperature) in float32. */
+/* out = softmax(logits / temperature) in float32. */
 typedef struct raddle_ops_softmax_params {
-    const void *logits; /* [rows, vocab] */
-    float *out;         /* [rows, vocab] */
+    const void *logits;       /* [rows, vocab] */
+    float *out;               /* [rows, vocab] */
+    const float *temperature; /* [rows], or NULL: one over inv_temperature */
     int64_t logits_stride_row;
     int64_t out_stride_row;
+    int64_t temperature_stride;
     int64_t rows;
     int64_t vocab;
     float inv_temperature;
     int32_t dtype;
 } raddle_ops_softmax_params;
-RADDLE_ASSERT_SIZE(raddle_ops_softmax_params, 2 * 8 + 4 * 8 + 2 * 4);
+RADDLE_ASSERT_SIZE(raddle_ops_softmax_params, 3 * 8 + 5 * 8 + 2 * 4);
 
 /* The most alternatives that one row may ask for on CUDA: they are sorted in shared memory. */
 enum { RADDLE_OPS_MAX_TOP = 128 };

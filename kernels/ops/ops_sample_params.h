@@ -23,28 +23,65 @@ typedef struct raddle_ops_sample_row {
 } raddle_ops_sample_row;
 RADDLE_ASSERT_SIZE(raddle_ops_sample_row, 32);
 
+/* Rows of logits or of probabilities: one token of each is drawn, or what top_k and top_p leave of
+ * each is written. Where a pointer to an array of settings is NULL, the value is that of a
+ * raddle_ops_sample_row. */
+typedef struct raddle_ops_sample_call {
+    const void *x;       /* [num_inputs, vocab] */
+    const void *indices; /* [rows]: the row of x to draw from; or NULL: each its own */
+    void *out;           /* [rows]; or [rows, vocab] like x. A row that cannot be drawn from: -1 */
+    uint8_t *valid;      /* [rows] or NULL: whether it could; then such a row's token is 0 */
+    const float *temperature, *top_p, *min_p;
+    const int32_t *top_k;
+    const int64_t *seed, *offset;
+    int64_t x_stride_row, indices_stride, out_stride, valid_stride;
+    int64_t temperature_stride, top_p_stride, min_p_stride, top_k_stride, seed_stride,
+        offset_stride;
+    int64_t vocab, num_inputs;
+    int64_t rows;      /* of this launch */
+    int64_t first_row; /* its place in the whole call */
+    int32_t dtype;
+    int32_t is_probs;
+    int32_t indices_are_i64, out_is_i64;
+    int32_t is_joint;      /* top_p of all tokens, not only of those that min_p and top_k leave */
+    int32_t is_row_stream; /* a row's number is part of the generator's counter */
+    int32_t settings_step; /* 0: all rows have the first settings; 1: each its own */
+    int32_t reserved;
+} raddle_ops_sample_call;
+RADDLE_ASSERT_SIZE(raddle_ops_sample_call, 10 * 8 + 14 * 8 + 8 * 4);
+
 /* Rows whose settings travel in the argument of one launch (2 KB of the 4 KB that every driver
  * takes). */
 enum { RADDLE_OPS_SAMPLE_ROWS = 64 };
 
 typedef struct raddle_ops_sample_params {
-    const void *logits; /* [rows, vocab] */
-    int32_t *out;       /* [rows]; -1 for a row with NaN or without a logit above -inf */
-    int64_t logits_stride_row;
-    int64_t out_stride;
-    int64_t vocab;
-    /* Arrays on the device, one value a row, or NULL: then the value is that of settings. */
-    const float *temperature, *top_p, *min_p;
-    const int32_t *top_k;
-    const int64_t *seed, *offset;
-    int32_t rows;          /* of this launch */
-    int32_t settings_step; /* 0: all rows use settings[0]; 1: row i uses settings[i], rows <=
-                              RADDLE_OPS_SAMPLE_ROWS */
-    int32_t dtype;
-    int32_t reserved;
+    raddle_ops_sample_call call; /* rows <= RADDLE_OPS_SAMPLE_ROWS when settings_step is 1 */
     raddle_ops_sample_row settings[RADDLE_OPS_SAMPLE_ROWS];
 } raddle_ops_sample_params;
-RADDLE_ASSERT_SIZE(raddle_ops_sample_params, 11 * 8 + 4 * 4 + 64 * 32);
+RADDLE_ASSERT_SIZE(raddle_ops_sample_params, 224 + 64 * 32);
+
+/* Speculative decoding: a chain of drafted tokens is kept as far as a target distribution allows,
+ * then one token of the target follows. */
+typedef struct raddle_ops_verify_params {
+    const void
+        *draft; /* [rows, steps, vocab] probabilities that the drafted tokens were drawn from */
+    const void *target; /* [rows, steps + 1, vocab] */
+    const void *ids;    /* [rows, steps]: the drafted tokens */
+    int32_t *out;       /* [rows, steps + 1]: kept ones, the one that follows, -1 */
+    int32_t *accepted;  /* [rows] or NULL: += tokens that would be kept if each stood alone */
+    int32_t *emitted;   /* [rows] or NULL: += tokens that are kept */
+    const int64_t *seed, *offset; /* [rows] or NULL: the next two */
+    uint64_t seed_value, offset_value;
+    int64_t draft_stride_row, draft_stride_step, target_stride_row, target_stride_step;
+    int64_t ids_stride_row, ids_stride_step, out_stride_row;
+    int64_t accepted_stride, emitted_stride, seed_stride, offset_stride;
+    int64_t rows, vocab;
+    int32_t steps;
+    int32_t dtype;
+    int32_t ids_are_i64;
+    int32_t is_row_stream;
+} raddle_ops_verify_params;
+RADDLE_ASSERT_SIZE(raddle_ops_verify_params, 8 * 8 + 2 * 8 + 13 * 8 + 4 * 4);
 
 /* ---------------------------------------------------------------- order */
 
@@ -99,6 +136,22 @@ RADDLE_OPS_SHARED int64_t raddle_ops_weight(float x, float max, float factor) {
     return (int64_t)(p * raddle_ops_bits_float((uint32_t)((int32_t)n + 40 + 127) << 23));
 }
 
+/* What a probability is multiplied by to be a weight; max > 0. 2^100 stands in for more. */
+RADDLE_OPS_SHARED float raddle_ops_prob_factor(float max) {
+    const float one = (float)RADDLE_OPS_WEIGHT_ONE;
+#ifdef __CUDACC_RTC__
+    const float factor = __fdiv_rn(one, max);
+#else
+    const float factor = one / max;
+#endif
+    return factor < 0x1p100f ? factor : 0x1p100f;
+}
+
+/* The weight of a probability, rounded down. */
+RADDLE_OPS_SHARED int64_t raddle_ops_prob_weight(float x, float factor) {
+    return x > 0 ? (int64_t)(x * factor) : 0;
+}
+
 /* The least weight that min_p lets pass. */
 RADDLE_OPS_SHARED int64_t raddle_ops_min_weight(float min_p) {
     return (int64_t)ceil((double)min_p * (double)RADDLE_OPS_WEIGHT_ONE);
@@ -113,9 +166,10 @@ RADDLE_OPS_SHARED int64_t raddle_ops_top_p_mass(float top_p, int64_t total) {
 /* ---------------------------------------------------------------- random numbers */
 
 /* Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), key seed,
- * counter (offset, 0): its first 64 bits. */
-RADDLE_OPS_SHARED uint64_t raddle_ops_random(uint64_t seed, uint64_t offset) {
-    uint32_t c0 = (uint32_t)offset, c1 = (uint32_t)(offset >> 32), c2 = 0, c3 = 0;
+ * counter (offset, stream, draw): its first 64 bits. */
+RADDLE_OPS_SHARED uint64_t raddle_ops_random(uint64_t seed, uint64_t offset, uint32_t stream,
+                                             uint32_t draw) {
+    uint32_t c0 = (uint32_t)offset, c1 = (uint32_t)(offset >> 32), c2 = stream, c3 = draw;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++) {
         const uint64_t p0 = (uint64_t)0xD2511F53u * c0;
@@ -138,6 +192,12 @@ RADDLE_OPS_SHARED int64_t raddle_ops_random_below(uint64_t bits, int64_t total) 
         (t_low * b_low >> 32) + (uint32_t)(t_high * b_low) + (uint32_t)(t_low * b_high);
     return (int64_t)(t_high * b_high + (t_high * b_low >> 32) + (t_low * b_high >> 32) +
                      (carry >> 32));
+}
+
+/* Whether a draft drawn with probability q is kept where the target has p: u q < p, u in [0, 1). */
+RADDLE_OPS_SHARED int32_t raddle_ops_accepts(uint64_t bits, float q, float p) {
+    const float u = (float)(uint32_t)(bits >> 40) * 0x1p-24f;
+    return u * q < p;
 }
 
 #endif

@@ -29,15 +29,19 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, 1)
                                           p.vocab);
     launch_dependents();
     wait_for_predecessors();
+    /* A temperature that is not above 0 gives the limit: all to the largest. */
+    const float temperature = p.temperature ? p.temperature[i * p.temperature_stride] : 1.0f;
+    const float factor = !p.temperature    ? p.inv_temperature
+                         : temperature > 0 ? 1.0f / temperature
+                                           : __uint_as_float(0x7f800000u);
     const uint64_t best = first_maximum(row, scratch);
     const float max = value_of_key((uint32_t)(best >> 32));
     float sum = 0;
-    row.each([&](float x, int64_t) { sum += exponential(x, max, p.inv_temperature); });
+    row.each([&](float x, int64_t) { sum += exponential(x, max, factor); });
     sum = sum_block(sum, scratch);
     /* NaN in the row, or no logit above -inf. */
     const bool is_bad = best == 0 || max == -__uint_as_float(0x7f800000u);
     const float scale = is_bad ? __uint_as_float(0x7fc00000u) : 1.0f / sum;
     float *out = p.out + i * p.out_stride_row;
-    row.each(
-        [&](float x, int64_t at) { out[at] = exponential(x, max, p.inv_temperature) * scale; });
+    row.each([&](float x, int64_t at) { out[at] = exponential(x, max, factor) * scale; });
 }

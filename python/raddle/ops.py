@@ -16,6 +16,15 @@ Errors: ShapeError, DTypeError, DeviceError, ArgumentError for values, Unsupport
 
 from . import _core
 from .ops_rope import RopeTurns, apply_rope, rope_cos_sin_cache, rope_fp8, rope_turns
+from .ops_sample import (
+    mask_logits,
+    renorm_probs,
+    sample,
+    sample_probs,
+    softmax,
+    token_logprobs,
+    verify_draft,
+)
 
 __all__ = [
     "Linear",
@@ -26,14 +35,18 @@ __all__ = [
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "layernorm",
+    "mask_logits",
+    "renorm_probs",
     "rmsnorm",
     "rope_cos_sin_cache",
     "rope_fp8",
     "rope_turns",
     "sample",
+    "sample_probs",
     "silu_and_mul",
     "softmax",
     "token_logprobs",
+    "verify_draft",
 ]
 
 _SILU, _GELU, _GELU_TANH = range(3)
@@ -158,62 +171,3 @@ class Linear:
             f"Linear(in_features={self.in_features}, out_features={self.out_features}, "
             f"dtype={self.dtype}, device={self.device})"
         )
-
-
-# ------------------------------------------------------------------ sampling
-
-
-def softmax(logits, *, temperature=1.0, out=None, dtype=None, stream=None):
-    """softmax(logits / temperature) over [n, vocab], as float32. temperature > 0.
-
-    A row with NaN, or without a logit above -inf, is an ArgumentError on the CPU and NaN on CUDA.
-    """
-    return _core.ops_softmax(logits, temperature, out, dtype, stream)
-
-
-def sample(
-    logits,
-    *,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    seed=0,
-    offset=0,
-    out=None,
-    dtype=None,
-    stream=None,
-):
-    """Draws one token per row of logits [n, vocab]: int32 [n].
-
-    Each setting is a number, or a sequence or tensor of n. In this order: temperature (0 takes the
-    first maximum and ignores the rest); min_p keeps tokens at least min_p times as likely as the
-    likeliest; top_k (0 or -1: all) keeps the k largest logits; top_p keeps the smallest set of the
-    most likely of those left that holds top_p of their probability. Tokens whose logit equals the
-    least one kept are all kept. What is left is renormalised and drawn from by one uniform number
-    of a counter-based generator (Philox4x32-10, key seed, counter offset), by its cumulative sum
-    in vocabulary order.
-
-    So the token is a function of the row's logits, its settings, seed and offset: not of the
-    batch, the place in it or the number of threads; and it is the same on the CPU and on CUDA for
-    the same logits, since probabilities are integers (units of 2^-40 of the largest). Rows with
-    one seed and offset share their random number: give each row, and each step, its own.
-
-    A row with NaN, or without a logit above -inf, is an ArgumentError on the CPU and gives -1 on
-    CUDA. Settings that are tensors on a CUDA device are read by the kernel as they are (float32,
-    top_k int32, seed and offset int64), so that a captured graph sees new values; a value out of
-    range acts like the nearest one in range.
-    """
-    return _core.ops_sample(
-        logits, temperature, top_k, top_p, min_p, seed, offset, out, dtype, stream
-    )
-
-
-def token_logprobs(logits, ids, *, top=0, dtype=None, stream=None):
-    """(logprobs float32 [n], top_ids int32 [n, top], top_logprobs float32 [n, top]).
-
-    logits [n, vocab], ids [n] int32 or int64; natural logarithm. The top alternatives come largest
-    first, ties by lower id. An id out of range, NaN in a row or a row without a logit above -inf
-    is an ArgumentError on the CPU and NaN on CUDA. On CUDA top is at most 128.
-    """
-    return _core.ops_token_logprobs(logits, ids, top, dtype, stream)
