@@ -9,6 +9,7 @@ import raddle
 from raddle.attention import BatchDecode
 from raddle.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
+from tests.attention_cases import FLOAT8, Batch, assert_close
 from tests.variant_cases import KINDS, check
 
 
@@ -101,6 +102,68 @@ def test_groups_and_head_dims(rng, device, kind, head_dim, group_size):
             head_dim=head_dim,
             page_size=16,
         )
+
+
+@pytest.mark.parametrize("kv_dtype", FLOAT8)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_float8(rng, device, dtype, kind, kv_dtype):
+    if device == "cuda" and dtype == "float32":
+        pytest.skip("the CUDA kernels take float16 or bfloat16")
+    scales = dict(k_scale=K_SCALES, v_scale=V_SCALES)
+    check(rng, kind, device, scales, spec=dict(kv_dtype=kv_dtype), run=scales, dtype=dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", FLOAT8)
+@pytest.mark.parametrize("group_size", [1, 4, 5, 7, 12])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+def test_float8_groups_and_head_dims(rng, device, head_dim, group_size, kv_dtype):
+    heads = (2 * group_size, 2)
+    scales = dict(k_scale=0.3, v_scale=1.7)
+    for kind in ("decode", "few tokens"):
+        check(
+            rng,
+            kind,
+            device,
+            scales,
+            spec=dict(kv_dtype=kv_dtype),
+            run=scales,
+            heads=heads,
+            head_dim=head_dim,
+            dtype="bfloat16",
+            page_size=16,
+        )
+
+
+@pytest.mark.parametrize("kv_dtype", FLOAT8)
+@pytest.mark.parametrize("name", ["all with alibi", "all with rope", "sigmoid of all"])
+def test_float8_with_built_ins(rng, device, name, kv_dtype):
+    spec, run, variant = BUILT_IN[name]
+    spec = dict(spec, kv_dtype=kv_dtype)
+    for kind in ("decode", "few tokens", "prefill"):
+        check(rng, kind, device, variant, spec=spec, run=run, dtype="bfloat16")
+
+
+def test_float8_of_torch(rng, device):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    kind = KINDS["decode"]
+    for name in FLOAT8:
+        batch = Batch(rng, kind.kv_lens, num_qo_heads=8, dtype="bfloat16", kv_dtype=name)
+        plan = BatchDecode(
+            num_qo_heads=8,
+            num_kv_heads=2,
+            head_dim=64,
+            page_size=16,
+            max_batch=8,
+            max_pages=40,
+            kv_dtype=getattr(torch, name),
+            device=device,
+        )
+        plan.plan(batch.indptr, batch.indices, batch.last_page_len)
+        cache = torch.from_numpy(batch.kv_cache).to(device).view(getattr(torch, name))
+        q = torch.from_numpy(batch.q.view(np.int16)).to(device).view(torch.bfloat16)
+        out = plan.run(q, cache)
+        assert_close(out.double().cpu().numpy(), batch.expected()[0], "bfloat16")
 
 
 def test_a_negative_scale_finds_the_largest_logit(rng, device):

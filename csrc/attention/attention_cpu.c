@@ -19,7 +19,11 @@ enum {
     MIN_ROWS = 64,        /* enough to pay for the conversion */
     FIXED_ROWS = 64,      /* fixed chunks: every chunk of a cut item is a partial */
     MIN_BLOCK_ROWS = 256, /* heads of few rows are computed together up to this many rows */
-    SEGMENT_COST = 16,    /* tokens: 5 us of first page, partials, merge at 10 GB/s, 4 KB a token */
+    /* Tokens of a tile that is read where it lies. The next tile is prefetched meanwhile: 32 tokens
+     * ahead is slower by a tenth, 64 by a half (bf16, 8 heads of 128, page 16). Of bytes twice as
+     * many, which cost as much memory. */
+    FEW_TILE_KV = 16,
+    SEGMENT_COST = 16, /* tokens: 5 us of first page, partials, merge at 10 GB/s, 4 KB a token */
     PARTIAL_BYTES = 1024 * 1024, /* at most, unless MIN_ROWS asks for more */
 };
 
@@ -134,12 +138,13 @@ static void choose_loops(const raddle_attention_config *config, attention_cpu_st
     state->changes_keys = config->has_rope;
     state->changes_logits = config->has_soft_cap || config->has_alibi || config->no_softmax;
     state->changes_states = config->has_sinks;
-    const bool bf16 = config->q_dtype == RADDLE_BF16 && config->kv_dtype == RADDLE_BF16 &&
-                      !state->changes_queries && !state->changes_keys;
-    state->add = bf16 && state->vec->block_bf16 ? state->vec->block_bf16
-                                                : state->vec->blocks[config->kv_dtype];
+    const bool keeps_bf16 =
+        config->q_dtype == RADDLE_BF16 && !state->changes_queries && !state->changes_keys;
+    const raddle_vec_block *bf16 = keeps_bf16 ? state->vec->blocks_bf16[config->kv_dtype] : NULL;
+    state->add = bf16 ? bf16 : state->vec->blocks[config->kv_dtype];
     state->dot = state->changes_keys ? state->vec->blocks[RADDLE_F32] : state->add;
     state->operand_bytes = (int32_t)raddle_dtype_bytes(state->add->operand);
+    state->few_tile_kv = raddle_dtype_bytes(config->kv_dtype) == 1 ? 2 * FEW_TILE_KV : FEW_TILE_KV;
     state->block_rows = config->tile_rows > MIN_BLOCK_ROWS ? config->tile_rows : MIN_BLOCK_ROWS;
 }
 
@@ -171,9 +176,8 @@ static raddle_status make_memory(const raddle_attention_config *config, cpu_plan
 
 static raddle_status cpu_prepare(raddle_attention_plan *plan) {
     raddle_attention_config *config = &plan->config;
-    RADDLE_REQUIRE(config->hooks == 0 && raddle_dtype_bytes(config->kv_dtype) > 1,
-                   RADDLE_ERR_UNSUPPORTED,
-                   "attention on the CPU cannot run user variants and float8 yet");
+    RADDLE_REQUIRE(config->hooks == 0, RADDLE_ERR_UNSUPPORTED,
+                   "attention on the CPU cannot run user variants yet");
     cpu_plan_state *state = raddle_alloc_zero(sizeof(*state));
     if (!state) {
         return raddle_fail_memory(sizeof(*state));

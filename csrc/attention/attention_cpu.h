@@ -19,9 +19,6 @@ enum {
     ATTENTION_CPU_TILE_KV = 128, /* tokens; prefill gains 5 % over 64, and 2 % more at 256 */
     /* Rows of a head: from here on a tile is packed for its rows. */
     ATTENTION_CPU_MANY_ROWS = 16,
-    /* Tokens of a tile that is read where it lies. The next tile is prefetched meanwhile: 32 tokens
-     * ahead is slower by a tenth, 64 by a half (bf16, 8 heads of 128, page 16). */
-    ATTENTION_CPU_FEW_TILE_KV = 16,
 };
 
 /* Of attention_cpu_loops.h: built-in variants over rows, in place. */
@@ -81,6 +78,7 @@ typedef struct attention_cpu_state {
     const raddle_vec_block *add; /* how weights meet V; its operand is that of dot */
     int32_t operand_bytes;       /* of an element of the operand's type */
     int32_t block_rows;
+    int32_t few_tile_kv; /* tokens of a tile for fewer rows than ATTENTION_CPU_MANY_ROWS */
     bool changes_queries;
     bool changes_keys;
     bool changes_logits; /* beyond sm_scale: cap, ALiBi, hooks, weights that are no softmax */

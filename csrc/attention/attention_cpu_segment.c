@@ -198,7 +198,7 @@ static void load_q(const attention_cpu_view *view) {
 }
 
 static int32_t tile_step(const attention_cpu_view *view) {
-    return view->num_rows < ATTENTION_CPU_MANY_ROWS ? ATTENTION_CPU_FEW_TILE_KV
+    return view->num_rows < ATTENTION_CPU_MANY_ROWS ? view->job->state->few_tile_kv
                                                     : view->job->config->tile_kv;
 }
 

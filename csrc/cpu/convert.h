@@ -1,5 +1,5 @@
-/* convert.h - one element between float32 and the 16-bit types, by bit arithmetic: exact, round to
- * nearest even.
+/* convert.h - one element between float32 and the 16-bit and 8-bit types, by bit arithmetic: exact,
+ * round to nearest even.
  *
  * For loops that are not hot, and for the tails of those that are; whole rows go through the table
  * of vec.h.
@@ -47,6 +47,19 @@ static inline float raddle_f16_to_f32(uint16_t value) {
                                     (mantissa ? 0x400000u : 0));
     }
     return raddle_f32_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+/* The upper half of a float16. */
+static inline float raddle_e5m2_to_f32(uint8_t value) {
+    return raddle_f16_to_f32((uint16_t)(value << 8));
+}
+
+/* One exponent bit less than float16 (bias 7, not 15): as one it counts 2^-8 of its value, subnormal or
+ * not. There are no infinities; 0x7f is NaN. */
+static inline float raddle_e4m3_to_f32(uint8_t value) {
+    const uint16_t size = value & 0x7f;
+    const uint16_t sign = (uint16_t)((value & 0x80) << 8);
+    return raddle_f16_to_f32(size == 0x7f ? sign | 0x7e00 : (uint16_t)(sign | size << 7)) * 256.0f;
 }
 
 static inline uint16_t raddle_f32_to_f16(float value) {

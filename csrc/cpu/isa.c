@@ -49,8 +49,9 @@ static raddle_isa isa_detect(void) {
     if ((b & want_7) != want_7 || (xcr0 & 0xe6) != 0xe6) {
         return RADDLE_ISA_AVX2;
     }
+    const bool vbmi = (c & 1u << 1) != 0;
     const bool bf16 = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
-    return bf16 ? RADDLE_ISA_AVX512BF16 : RADDLE_ISA_AVX512;
+    return bf16 && vbmi ? RADDLE_ISA_AVX512BF16 : RADDLE_ISA_AVX512;
 }
 #elif defined(__aarch64__)
 static raddle_isa isa_detect(void) {

@@ -13,7 +13,7 @@ typedef enum raddle_isa {
     RADDLE_ISA_GENERIC = 0,
     RADDLE_ISA_AVX2,       /* with FMA and F16C */
     RADDLE_ISA_AVX512,     /* F, BW, DQ, VL */
-    RADDLE_ISA_AVX512BF16, /* with AVX512_BF16 */
+    RADDLE_ISA_AVX512BF16, /* with AVX512_BF16 and AVX512_VBMI */
     RADDLE_ISA_NEON,       /* every aarch64 */
     RADDLE_ISA_COUNT
 } raddle_isa;

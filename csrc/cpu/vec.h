@@ -62,14 +62,15 @@ typedef struct raddle_vec_block {
 
 typedef struct raddle_vec {
     const char *name;
-    /* By raddle_dtype of b; entries exist for RADDLE_F32, RADDLE_F16 and RADDLE_BF16. operand is
-     * float32. */
+    /* By raddle_dtype of b; entries exist for RADDLE_F32, RADDLE_F16, RADDLE_BF16, RADDLE_F8_E4M3
+     * and RADDLE_F8_E5M2. operand is float32. */
     const raddle_vec_block *blocks[RADDLE_DTYPE_COUNT];
-    /* bfloat16 times bfloat16, subnormals counting as 0; NULL where there is no such instruction.
-     */
-    const raddle_vec_block *block_bf16;
-    /* Likewise by dtype: widen to float32, and round to nearest even. */
+    /* The same with operand bfloat16, whose subnormals count as 0; b is bfloat16 or float8. NULL
+     * where there is no such instruction. */
+    const raddle_vec_block *blocks_bf16[RADDLE_DTYPE_COUNT];
+    /* By dtype, all of the above: widen to float32, exactly. */
     void (*load[RADDLE_DTYPE_COUNT])(float *dst, const void *src, int64_t count);
+    /* float32, float16 and bfloat16: round to nearest even. */
     void (*store[RADDLE_DTYPE_COUNT])(void *dst, const float *src, int64_t count);
     /* x[i] = 2^(x[i] - max) in place, returns the sum; -inf gives exactly 0. max is finite. */
     float (*exp2_sum)(float *x, int64_t count, float max);
@@ -93,6 +94,8 @@ extern const raddle_vec raddle_vec_avx2;
 extern const raddle_vec raddle_vec_avx512;
 extern const raddle_vec raddle_vec_avx512bf16;
 extern const raddle_vec_block raddle_vec_block_avx512bf16;
+extern const raddle_vec_block raddle_vec_block_avx512fp8_e4m3;
+extern const raddle_vec_block raddle_vec_block_avx512fp8_e5m2;
 #elif defined(__aarch64__)
 extern const raddle_vec raddle_vec_neon;
 #endif

@@ -43,8 +43,30 @@ INLINE __m256 widen(__m128i x, raddle_dtype type) {
                : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
 }
 
+/* Eight bytes. e5m2 is the upper half of a float16. e4m3 has one exponent bit less: as a float16 it
+ * counts 2^-8 of its value, subnormal or not; 0x7f is NaN. */
+INLINE __m256 widen_8(__m128i x, raddle_dtype type) {
+    const __m128i wide = _mm_cvtepu8_epi16(x);
+    const __m128i high = _mm_slli_epi16(wide, 8);
+    if (type == RADDLE_F8_E5M2) {
+        return _mm256_cvtph_ps(high);
+    }
+    const __m128i size = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+    const __m128i nan = _mm_cmpeq_epi16(size, _mm_set1_epi16(0x7f));
+    const __m128i sign = _mm_and_si128(high, _mm_set1_epi16((short)0x8000));
+    const __m128i half = _mm_or_si128(_mm_slli_epi16(size, 7), sign);
+    const __m128i quiet = _mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+    return _mm256_mul_ps(_mm256_cvtph_ps(quiet), _mm256_set1_ps(256.0f));
+}
+
+INLINE bool is_8(raddle_dtype type) {
+    return type == RADDLE_F8_E4M3 || type == RADDLE_F8_E5M2;
+}
+
 INLINE __m256 v_load(const void *p, raddle_dtype type) {
-    return type == RADDLE_F32 ? _mm256_loadu_ps(p) : widen(_mm_loadu_si128(p), type);
+    return type == RADDLE_F32 ? _mm256_loadu_ps(p)
+           : is_8(type)       ? widen_8(_mm_loadl_epi64(p), type)
+                              : widen(_mm_loadu_si128(p), type);
 }
 
 /* All ones in the first count of eight 32-bit lanes. */
@@ -58,6 +80,10 @@ INLINE __m256 v_load_tail(const void *p, int count, raddle_dtype type) {
         return _mm256_maskload_ps(p, tail_mask(count));
     }
     uint16_t few[8] = {0};
+    if (is_8(type)) {
+        __builtin_memcpy(few, p, (size_t)count);
+        return widen_8(_mm_loadl_epi64((const __m128i *)few), type);
+    }
     __builtin_memcpy(few, p, (size_t)count * sizeof(uint16_t));
     return widen(_mm_loadu_si128((const __m128i *)few), type);
 }
@@ -160,6 +186,6 @@ INLINE void v_transpose(__m256 *x) {
 
 #include "cpu/vec_template.inc"
 
-const raddle_vec raddle_vec_avx2 = RADDLE_VEC_TABLE("avx2", NULL);
+const raddle_vec raddle_vec_avx2 = RADDLE_VEC_TABLE("avx2", NULL, NULL, NULL);
 
 #endif

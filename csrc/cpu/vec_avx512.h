@@ -53,8 +53,31 @@ INLINE __m512 widen(__m256i x, raddle_dtype type) {
                : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
 
+/* Sixteen bytes. e5m2 is the upper half of a float16. e4m3 has one exponent bit less: as a float16 it
+ * counts 2^-8 of its value, subnormal or not; 0x7f is NaN. */
+INLINE __m512 widen_8(__m128i x, raddle_dtype type) {
+    const __m256i wide = _mm256_cvtepu8_epi16(x);
+    const __m256i high = _mm256_slli_epi16(wide, 8);
+    if (type == RADDLE_F8_E5M2) {
+        return _mm512_cvtph_ps(high);
+    }
+    const __m256i size = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_and_si256(high, _mm256_set1_epi16((short)0x8000));
+    const __m256i half = _mm256_or_si256(_mm256_slli_epi16(size, 7), sign);
+    return _mm512_mul_ps(
+        _mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00))),
+        _mm512_set1_ps(256.0f));
+}
+
+INLINE bool is_8(raddle_dtype type) {
+    return type == RADDLE_F8_E4M3 || type == RADDLE_F8_E5M2;
+}
+
 INLINE __m512 v_load(const void *p, raddle_dtype type) {
-    return type == RADDLE_F32 ? _mm512_loadu_ps(p) : widen(_mm256_loadu_si256(p), type);
+    return type == RADDLE_F32 ? _mm512_loadu_ps(p)
+           : is_8(type)       ? widen_8(_mm_loadu_si128(p), type)
+                              : widen(_mm256_loadu_si256(p), type);
 }
 
 INLINE __mmask16 tail_mask(int count) {
@@ -64,6 +87,7 @@ INLINE __mmask16 tail_mask(int count) {
 INLINE __m512 v_load_tail(const void *p, int count, raddle_dtype type) {
     const __mmask16 mask = tail_mask(count);
     return type == RADDLE_F32 ? _mm512_maskz_loadu_ps(mask, p)
+           : is_8(type)       ? widen_8(_mm_maskz_loadu_epi8(mask, p), type)
                               : widen(_mm256_maskz_loadu_epi16(mask, p), type);
 }
 

@@ -6,36 +6,11 @@
  * up to a multiple of 16] pairs. Micro-tiles are 4 left rows by 4 vectors: 16 sums hide the 6
  * cycles that the instruction takes on Zen 4.
  */
-#include "cpu/vec_avx512.h"
+#include "cpu/vec_avx512bf16.h"
 
 #if defined(__x86_64__)
 
-#define BF16_TARGET                                                                                \
-    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-#define ALL_LANES 0xffffffffu
-#define BF16_INLINE static inline __attribute__((always_inline)) BF16_TARGET
-
-enum {
-    STEP = RADDLE_VEC_PANEL_STEP,
-    ROWS = 4,        /* left rows of a micro-tile */
-    VECS = 4,        /* vectors of sums beside each other */
-    PAIR_LANES = 16, /* pairs in a vector */
-    LANES = 32,      /* bfloat16 in a vector */
-    LINE_LANES = 32, /* bfloat16 in a cache line */
-};
-
-BF16_INLINE __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-/* The first count of 32 lanes, or of 16; count may be anything. */
-BF16_INLINE __mmask32 lanes_mask(int count) {
-    return count >= LANES ? ALL_LANES : count > 0 ? (1u << count) - 1 : 0;
-}
-
-BF16_INLINE __mmask16 pair_mask(int count) {
-    return (__mmask16)lanes_mask(count);
-}
+enum { LINE_LANES = 32 }; /* bfloat16 in a cache line */
 
 BF16_INLINE const uint16_t *row_at(const void *const *rows, const raddle_vec_rows *b, int n) {
     return (const uint16_t *)rows[n] + b->offset;
@@ -53,13 +28,6 @@ BF16_INLINE void prefetch_part(const raddle_vec_rows *b, int n, int at, int leng
 
 BF16_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
     prefetch_part(b, n, 0, length);
-}
-
-/* Two 16-bit neighbours in every lane. */
-BF16_INLINE __m512i broadcast_pair(const uint16_t *at) {
-    int32_t pair;
-    __builtin_memcpy(&pair, at, sizeof(pair));
-    return _mm512_set1_epi32(pair);
 }
 
 /* ---------------------------------------------------------------- rows where they lie */
@@ -268,10 +236,6 @@ static BF16_TARGET void pack_dot(const raddle_vec_panel *panel, const raddle_vec
     }
 }
 
-BF16_INLINE int padded_width(int width) {
-    return (width + STEP - 1) / STEP * STEP;
-}
-
 static BF16_TARGET void pack_add(const raddle_vec_panel *panel, const raddle_vec_rows *b) {
     const int padded = padded_width(panel->length);
     for (int n = 0; n < b->count; n += 2) {
@@ -344,8 +308,9 @@ BF16_INLINE void dot_panel_tile(float *c, int64_t ldc, const uint16_t *a, int64_
     }
 }
 
-static BF16_TARGET void dot_panel(float *c, int64_t ldc, const void *a_rows, int64_t lda,
-                                  const raddle_vec_panel *panel, int rows, int first, int last) {
+BF16_TARGET void raddle_vec_bf16_dot_panel(float *c, int64_t ldc, const void *a_rows, int64_t lda,
+                                           const raddle_vec_panel *panel, int rows, int first,
+                                           int last) {
     const uint16_t *a = a_rows;
     const int64_t pairs = (panel->length + 1) / 2;
     for (int n = first; n < last;) {
@@ -393,8 +358,9 @@ BF16_INLINE void add_panel_tile(float *c, int64_t ldc, const uint16_t *p, int64_
     }
 }
 
-static BF16_TARGET void add_panel(float *c, int64_t ldc, const void *p_rows, int64_t ldp,
-                                  const raddle_vec_panel *panel, int rows, int first, int last) {
+BF16_TARGET void raddle_vec_bf16_add_panel(float *c, int64_t ldc, const void *p_rows, int64_t ldp,
+                                           const raddle_vec_panel *panel, int rows, int first,
+                                           int last) {
     const uint16_t *p = (const uint16_t *)p_rows + first;
     const int stride = padded_width(panel->length);
     const int pairs = (last - first + 1) / 2;
@@ -423,7 +389,8 @@ static BF16_TARGET void add_panel(float *c, int64_t ldc, const void *p_rows, int
 
 /* ---------------------------------------------------------------- weights */
 
-static BF16_TARGET float exp2_to(void *to, const float *x, int64_t count, float scale, float max) {
+BF16_TARGET float raddle_vec_bf16_exp2_to(void *to, const float *x, int64_t count, float scale,
+                                          float max) {
     const __m512 factor = v_set1(scale), minus_max = v_set1(-max);
     uint16_t *weights = to;
     __m512 sum = v_zero();
@@ -444,9 +411,9 @@ const raddle_vec_block raddle_vec_block_avx512bf16 = {
     .add_rows = add_rows,
     .pack_dot = pack_dot,
     .pack_add = pack_add,
-    .dot_panel = dot_panel,
-    .add_panel = add_panel,
-    .exp2_to = exp2_to,
+    .dot_panel = raddle_vec_bf16_dot_panel,
+    .add_panel = raddle_vec_bf16_add_panel,
+    .exp2_to = raddle_vec_bf16_exp2_to,
 };
 
 #endif

@@ -84,6 +84,8 @@ static float nothing(float x) {
 DEFINE_TYPE(f32, float, nothing)
 DEFINE_TYPE(f16, uint16_t, raddle_f16_to_f32)
 DEFINE_TYPE(bf16, uint16_t, raddle_bf16_to_f32)
+DEFINE_TYPE(e4m3, uint8_t, raddle_e4m3_to_f32)
+DEFINE_TYPE(e5m2, uint8_t, raddle_e5m2_to_f32)
 
 static void dot_panel(float *c, int64_t ldc, const void *a, int64_t lda,
                       const raddle_vec_panel *panel, int rows, int first, int last) {
@@ -141,6 +143,20 @@ static void load_bf16(float *dst, const void *src, int64_t count) {
     const uint16_t *from = src;
     for (int64_t i = 0; i < count; i++) {
         dst[i] = raddle_bf16_to_f32(from[i]);
+    }
+}
+
+static void load_e4m3(float *dst, const void *src, int64_t count) {
+    const uint8_t *from = src;
+    for (int64_t i = 0; i < count; i++) {
+        dst[i] = raddle_e4m3_to_f32(from[i]);
+    }
+}
+
+static void load_e5m2(float *dst, const void *src, int64_t count) {
+    const uint8_t *from = src;
+    for (int64_t i = 0; i < count; i++) {
+        dst[i] = raddle_e5m2_to_f32(from[i]);
     }
 }
 
@@ -216,11 +232,21 @@ static float sum_squares(const float *x, int64_t count) {
 DEFINE_BLOCK(f32)
 DEFINE_BLOCK(f16)
 DEFINE_BLOCK(bf16)
+DEFINE_BLOCK(e4m3)
+DEFINE_BLOCK(e5m2)
 
 const raddle_vec raddle_vec_generic = {
     .name = "generic",
-    .blocks = {[RADDLE_F32] = &block_f32, [RADDLE_F16] = &block_f16, [RADDLE_BF16] = &block_bf16},
-    .load = {[RADDLE_F32] = load_f32, [RADDLE_F16] = load_f16, [RADDLE_BF16] = load_bf16},
+    .blocks = {[RADDLE_F32] = &block_f32,
+               [RADDLE_F16] = &block_f16,
+               [RADDLE_BF16] = &block_bf16,
+               [RADDLE_F8_E4M3] = &block_e4m3,
+               [RADDLE_F8_E5M2] = &block_e5m2},
+    .load = {[RADDLE_F32] = load_f32,
+             [RADDLE_F16] = load_f16,
+             [RADDLE_BF16] = load_bf16,
+             [RADDLE_F8_E4M3] = load_e4m3,
+             [RADDLE_F8_E5M2] = load_e5m2},
     .store = {[RADDLE_F32] = store_f32, [RADDLE_F16] = store_f16, [RADDLE_BF16] = store_bf16},
     .exp2_sum = exp2_sum,
     .max = max_of,

@@ -42,8 +42,31 @@ INLINE float32x4_t widen(uint16x4_t x, raddle_dtype type) {
                               : vreinterpretq_f32_u32(vshll_n_u16(x, 16));
 }
 
+/* Four bytes. e5m2 is the upper half of a float16. e4m3 has one exponent bit less: as a float16 it
+ * counts 2^-8 of its value, subnormal or not; 0x7f is NaN. */
+INLINE float32x4_t widen_8(const void *p, int count, raddle_dtype type) {
+    uint8_t few[8] = {0};
+    __builtin_memcpy(few, p, (size_t)count);
+    const uint16x4_t wide = vget_low_u16(vmovl_u8(vld1_u8(few)));
+    if (type == RADDLE_F8_E5M2) {
+        return vcvt_f32_f16(vreinterpret_f16_u16(vshl_n_u16(wide, 8)));
+    }
+    const uint16x4_t size = vand_u16(wide, vdup_n_u16(0x7f));
+    const uint16x4_t nan = vceq_u16(size, vdup_n_u16(0x7f));
+    const uint16x4_t sign = vand_u16(vshl_n_u16(wide, 8), vdup_n_u16(0x8000));
+    const uint16x4_t half = vorr_u16(vshl_n_u16(size, 7), sign);
+    const uint16x4_t quiet = vorr_u16(half, vand_u16(nan, vdup_n_u16(0x7e00)));
+    return vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(quiet)), 256.0f);
+}
+
+INLINE bool is_8(raddle_dtype type) {
+    return type == RADDLE_F8_E4M3 || type == RADDLE_F8_E5M2;
+}
+
 INLINE float32x4_t v_load(const void *p, raddle_dtype type) {
-    return type == RADDLE_F32 ? vld1q_f32(p) : widen(vld1_u16(p), type);
+    return type == RADDLE_F32 ? vld1q_f32(p)
+           : is_8(type)       ? widen_8(p, 4, type)
+                              : widen(vld1_u16(p), type);
 }
 
 INLINE float32x4_t v_load_tail(const void *p, int count, raddle_dtype type) {
@@ -52,6 +75,9 @@ INLINE float32x4_t v_load_tail(const void *p, int count, raddle_dtype type) {
     if (type == RADDLE_F32) {
         __builtin_memcpy(few, p, (size_t)count * sizeof(float));
         return vld1q_f32(few);
+    }
+    if (is_8(type)) {
+        return widen_8(p, count, type);
     }
     __builtin_memcpy(few_16, p, (size_t)count * sizeof(uint16_t));
     return widen(vld1_u16(few_16), type);
@@ -137,6 +163,6 @@ INLINE void v_transpose(float32x4_t *x) {
 
 #include "cpu/vec_template.inc"
 
-const raddle_vec raddle_vec_neon = RADDLE_VEC_TABLE("neon", NULL);
+const raddle_vec raddle_vec_neon = RADDLE_VEC_TABLE("neon", NULL, NULL, NULL);
 
 #endif

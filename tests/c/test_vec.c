@@ -11,7 +11,9 @@
 
 enum { MAX_ROWS = 37, MAX_COUNT = 40, MAX_WIDTH = 256, CANARY = 0x5a };
 
-static const raddle_dtype dtypes[] = {RADDLE_F32, RADDLE_F16, RADDLE_BF16};
+enum { NUM_DTYPES = 5, NUM_STORED = 3 }; /* the first ones can be stored too */
+static const raddle_dtype dtypes[NUM_DTYPES] = {RADDLE_F32, RADDLE_F16, RADDLE_BF16, RADDLE_F8_E4M3,
+                                                RADDLE_F8_E5M2};
 static uint64_t random_state = 11;
 
 static uint32_t random_bits(void) {
@@ -28,40 +30,51 @@ static double random_value(void) {
 }
 
 static size_t bytes_of(raddle_dtype dtype) {
-    return dtype == RADDLE_F32 ? 4 : 2;
+    return dtype == RADDLE_F32 ? 4 : dtype == RADDLE_F16 || dtype == RADDLE_BF16 ? 2 : 1;
 }
 
-/* ---------------------------------------------------------------- the 16-bit types, by arithmetic */
+/* ---------------------------------------------------------------- the small types, by arithmetic */
 
 static double decode(raddle_dtype dtype, uint16_t bits) {
-    const int mantissa_bits = dtype == RADDLE_F16 ? 10 : 7;
-    const int exponent_bits = 15 - mantissa_bits;
+    const int mantissa_bits = dtype == RADDLE_F16       ? 10
+                              : dtype == RADDLE_BF16    ? 7
+                              : dtype == RADDLE_F8_E4M3 ? 3
+                                                        : 2;
+    const int size_bits = 8 * (int)bytes_of(dtype) - 1;
+    const int exponent_bits = size_bits - mantissa_bits;
     const int mantissa = bits & ((1 << mantissa_bits) - 1);
     const int exponent = bits >> mantissa_bits & ((1 << exponent_bits) - 1);
     const int bias = (1 << (exponent_bits - 1)) - 1;
     double value;
-    if (exponent == (1 << exponent_bits) - 1) {
+    if (dtype == RADDLE_F8_E4M3 && (bits & 0x7f) == 0x7f) {
+        value = NAN;
+    } else if (dtype != RADDLE_F8_E4M3 && exponent == (1 << exponent_bits) - 1) {
         value = mantissa ? NAN : INFINITY;
     } else if (exponent == 0) {
         value = ldexp(mantissa, 1 - bias - mantissa_bits);
     } else {
         value = ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
     }
-    return bits & 0x8000 ? -value : value;
+    return bits >> size_bits & 1 ? -value : value;
 }
 
 static double element(raddle_dtype dtype, const void *data, int64_t i) {
-    return dtype == RADDLE_F32 ? (double)((const float *)data)[i]
-                               : decode(dtype, ((const uint16_t *)data)[i]);
+    return dtype == RADDLE_F32    ? (double)((const float *)data)[i]
+           : bytes_of(dtype) == 2 ? decode(dtype, ((const uint16_t *)data)[i])
+                                  : decode(dtype, ((const uint8_t *)data)[i]);
 }
 
-/* A value that dtype holds exactly: a short fraction, sign and a small power of two. */
+/* A value that dtype holds exactly: a short fraction, sign and a small power of two; of 8 bits any
+ * that is finite. */
 static void put_random(raddle_dtype dtype, void *data, int64_t i) {
     const uint32_t bits = random_bits();
     if (dtype == RADDLE_F32) {
         ((float *)data)[i] = (float)random_value();
     } else if (dtype == RADDLE_F16) {
         ((uint16_t *)data)[i] = (uint16_t)((bits & 0x83ff) | (11 + bits % 5) << 10);
+    } else if (bytes_of(dtype) == 1) {
+        const uint32_t num_finite = dtype == RADDLE_F8_E4M3 ? 127 : 124;
+        ((uint8_t *)data)[i] = (uint8_t)(bits % num_finite | (bits >> 16 & 0x80));
     } else {
         ((uint16_t *)data)[i] = (uint16_t)((bits & 0x807f) | (123 + bits % 5) << 7);
     }
@@ -76,13 +89,20 @@ static void test_load(const raddle_vec *vec) {
     for (int i = 0; i < COUNT; i++) {
         all[i] = (uint16_t)i;
     }
-    for (int t = 1; t < 3; t++) {
-        vec->load[dtypes[t]](wide, all, COUNT);
+    for (int t = 1; t < NUM_DTYPES; t++) {
+        /* Bytes: every value in every place of a vector. */
+        const int count = (int)(COUNT * sizeof(*all) / bytes_of(dtypes[t]));
+        const int negative = bytes_of(dtypes[t]) == 2 ? 0x8000 : 0x80;
         int wrong = 0;
-        for (int i = 0; i < COUNT; i++) {
-            const double expected = decode(dtypes[t], (uint16_t)i);
-            wrong += isnan(expected) ? !isnan(wide[i]) : (double)wide[i] != expected;
-            wrong += !isnan(expected) && (signbit(wide[i]) != 0) != (i >= 0x8000);
+        for (int begin = 0; begin < count; begin += COUNT) {
+            const char *from = (const char *)all + begin;
+            vec->load[dtypes[t]](wide, from, COUNT);
+            for (int i = 0; i < COUNT; i++) {
+                const int bits = negative == 0x8000 ? i : ((const uint8_t *)from)[i];
+                const double expected = decode(dtypes[t], (uint16_t)bits);
+                wrong += isnan(expected) ? !isnan(wide[i]) : (double)wide[i] != expected;
+                wrong += !isnan(expected) && (signbit(wide[i]) != 0) != (bits >= negative);
+            }
         }
         CHECK_INT(wrong, 0);
     }
@@ -109,7 +129,7 @@ static int count_wrong(const raddle_vec *vec, raddle_dtype dtype, double value, 
 
 /* Every value, every midpoint (to even) and the floats on both sides of each. */
 static void test_store(const raddle_vec *vec) {
-    for (int t = 1; t < 3; t++) {
+    for (int t = 1; t < NUM_STORED; t++) {
         const raddle_dtype dtype = dtypes[t];
         const int infinity = dtype == RADDLE_F16 ? 0x7c00 : 0x7f80;
         const int step = dtype == RADDLE_F16 ? 1 : 7;
@@ -144,7 +164,7 @@ static void test_store(const raddle_vec *vec) {
 }
 
 static void test_lengths(const raddle_vec *vec) {
-    for (int t = 0; t < 3; t++) {
+    for (int t = 0; t < NUM_DTYPES; t++) {
         const raddle_dtype dtype = dtypes[t];
         const size_t bytes = bytes_of(dtype);
         for (int count = 0; count < 70; count++) {
@@ -163,9 +183,11 @@ static void test_lengths(const raddle_vec *vec) {
             }
             unsigned char *again = malloc((size_t)(count + 1) * bytes);
             memset(again, CANARY, (size_t)(count + 1) * bytes);
-            vec->store[dtype](again, wide + 1, count);
-            wrong += memcmp(again, stored + bytes, (size_t)count * bytes) != 0;
-            wrong += again[(size_t)count * bytes] != CANARY;
+            if (t < NUM_STORED) {
+                vec->store[dtype](again, wide + 1, count);
+                wrong += memcmp(again, stored + bytes, (size_t)count * bytes) != 0;
+                wrong += again[(size_t)count * bytes] != CANARY;
+            }
             CHECK_INT(wrong, 0);
             free(stored);
             free(wide);
@@ -366,6 +388,36 @@ static void test_block(const raddle_vec_block *block, raddle_dtype dtype) {
     test_panels(most);
 }
 
+/* Each byte in turn, everything else 0: its product with 1 is its value, NaN and infinity too. */
+static void test_special_bytes(const raddle_vec_block *block, raddle_dtype dtype) {
+    if (bytes_of(dtype) != 1) {
+        return;
+    }
+    uint8_t b[80] = {0};
+    float left_32[80];
+    uint16_t left_16[80];
+    for (int i = 0; i < 80; i++) {
+        left_32[i] = 1.0f;
+        left_16[i] = 0x3f80;
+    }
+    const void *left = block->operand == RADDLE_F32 ? (const void *)left_32 : left_16;
+    const void *rows[1] = {b};
+    const raddle_vec_rows right = {rows, NULL, 0, 1};
+    int wrong = 0;
+    for (int bits = 0; bits < 256; bits++) {
+        const double value = decode(dtype, (uint16_t)bits);
+        const int at = bits % 80;
+        float dot = 0, sums[80] = {0};
+        b[at] = (uint8_t)bits;
+        block->dot_rows(&dot, 1, left, 80, &right, 1, 80);
+        block->add_rows(sums, 80, left, 1, &right, 1, 80);
+        b[at] = 0;
+        wrong += isnan(value) ? !isnan(dot) || !isnan(sums[at])
+                              : (double)dot != value || (double)sums[at] != value;
+    }
+    CHECK_INT(wrong, 0);
+}
+
 /* ---------------------------------------------------------------- weights and reductions */
 
 static void test_exp2(const raddle_vec_block *block) {
@@ -488,15 +540,19 @@ static void test_table(const raddle_vec *vec) {
     test_lengths(vec);
     test_reductions(vec);
     test_copy_ids(vec);
-    for (int t = 0; t < 3; t++) {
-        CHECK_INT(vec->blocks[dtypes[t]]->operand, RADDLE_F32);
-        test_block(vec->blocks[dtypes[t]], dtypes[t]);
-        test_exp2(vec->blocks[dtypes[t]]);
-    }
-    if (vec->block_bf16) {
-        CHECK_INT(vec->block_bf16->operand, RADDLE_BF16);
-        test_block(vec->block_bf16, RADDLE_BF16);
-        test_exp2(vec->block_bf16);
+    for (int t = 0; t < NUM_DTYPES; t++) {
+        const raddle_vec_block *block = vec->blocks[dtypes[t]];
+        const raddle_vec_block *block_bf16 = vec->blocks_bf16[dtypes[t]];
+        CHECK_INT(block->operand, RADDLE_F32);
+        test_block(block, dtypes[t]);
+        test_special_bytes(block, dtypes[t]);
+        test_exp2(block);
+        if (block_bf16) {
+            CHECK_INT(block_bf16->operand, RADDLE_BF16);
+            test_block(block_bf16, dtypes[t]);
+            test_special_bytes(block_bf16, dtypes[t]);
+            test_exp2(block_bf16);
+        }
     }
 }
 
