@@ -156,8 +156,10 @@ RADDLE_OPS_SHARED int32_t raddle_ops_page_of_row(const raddle_ops_rope_fp8_param
     }
     const int64_t first =
         raddle_ops_index(p->kv_indptr, request * p->kv_indptr_stride, p->kv_indptr_is_i64);
+    const int64_t end =
+        raddle_ops_index(p->kv_indptr, (request + 1) * p->kv_indptr_stride, p->kv_indptr_is_i64);
     const int64_t at = first + position / p->page_size;
-    if (first < 0 || at >= p->num_indices) {
+    if (first < 0 || at >= end || at >= p->num_indices) {
         return 0;
     }
     *out_page = raddle_ops_index(p->kv_indices, at * p->kv_indices_stride, p->kv_indices_are_i64);
