@@ -29,9 +29,11 @@ enum {
      * any), but 2 heads start half as many segments as 1 when requests are many. */
     DECODE_HEADS_PER_ITEM = 2,
     DECODE_MIN_ITEMS = 1024,
-    /* What one SM would have read in the time that a cut costs: 64 x 1024 takes 96 us with 80 or
-     * 120 KB, 99 with 40, which cuts where whole items would do. */
-    DECODE_SEGMENT_BYTES = 80 * 1024,
+    /* What one SM would have read in the time that a cut costs, and what an uneven end costs less
+     * than it seems, since the SMs that are left read faster: 16 x 8192 takes 181 us with 160 or
+     * 320 KB and 185 with 80, which cuts 128 whole items for 132 SMs; one 65536 + 63 x 512 143 us
+     * with 80 KB, 146 with 160, 154 with 320. */
+    DECODE_SEGMENT_BYTES = 128 * 1024,
     /* A cut costs a prefill worker about one tile of K/V: first loads, partials of all rows, merge.
      */
     PREFILL_SEGMENT_COST = RADDLE_PREFILL_TILE_KV,

@@ -118,6 +118,7 @@ static void fill_constant_params(raddle_attention_plan *plan) {
     plan->params.page_size = config->page_size;
     plan->params.window_left = spec->window_left;
     plan->params.causal = config->causal;
+    plan->params.fixed_chunk = spec->fixed_chunk;
     plan->params.rope_turns = plan->rope_turns;
     plan->params.logits_soft_cap = spec->logits_soft_cap;
     plan->params.lse_scale = spec->lse_base == RADDLE_LSE_BASE_E ? ln_2 : 1.0f;

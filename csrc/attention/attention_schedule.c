@@ -194,6 +194,7 @@ static void close_worker(walk *w) {
 
 static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_end, bool is_cut) {
     assert(w->num_segments < w->limits->max_segments);
+    const raddle_attention_request *request = &w->out->requests[it->request];
     w->out->segments[w->num_segments] = (raddle_attention_segment){
         .request = it->request,
         .head = it->head,
@@ -203,6 +204,10 @@ static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_e
         .kv_end = kv_end,
         .slot = is_cut ? w->num_slots : -1,
         .merge = is_cut ? w->num_merges : -1,
+        .qo_begin = request->qo_begin,
+        .qo_len = request->qo_len,
+        .kv_origin = request->kv_begin,
+        .kv_len = request->kv_len,
     };
     w->num_segments++;
     w->num_slots += is_cut;
@@ -239,6 +244,7 @@ static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end
 
 static void finish_cut_item(walk *w, const item *it, int32_t first_slot) {
     assert(w->num_merges < w->limits->max_merges && w->num_slots <= w->limits->max_slots);
+    const raddle_attention_request *request = &w->out->requests[it->request];
     w->out->merges[w->num_merges] = (raddle_attention_merge){
         .request = it->request,
         .head = it->head,
@@ -247,6 +253,9 @@ static void finish_cut_item(walk *w, const item *it, int32_t first_slot) {
         .slot_begin = first_slot,
         .slot_count = w->num_slots - first_slot,
         .num_arrivals = w->num_slots - first_slot,
+        .qo_begin = request->qo_begin,
+        .qo_len = request->qo_len,
+        .kv_len = request->kv_len,
     };
     w->num_merges++;
 }

@@ -33,44 +33,52 @@ constexpr bool PREFETCH =
 constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 
 /* Notes down the piece that starts at token begin of a segment, and what this lane needs to read
- * it. */
-__device__ __forceinline__ void open_piece(const raddle_attention_params &p, int32_t segment_index,
+ * it. The segment's record and the first pages have been requested. */
+__device__ __forceinline__ void open_piece(const raddle_attention_params &p, int32_t index,
                                            int32_t begin, int head_of_item, int tile_of_warp,
-                                           int lane, warp_notes &notes, lookup &look) {
-    const raddle_attention_segment &segment = p.segments[segment_index];
-    const raddle_attention_request request = p.requests[segment.request];
+                                           int lane, warp_notes &notes, piece &at, lookup &look) {
+    constexpr int WORDS_OF_SEGMENT = sizeof(raddle_attention_segment) / 4;
+    wait_for_requests();
+    if (lane < WORDS_OF_SEGMENT) {
+        ((int32_t *)&at.segment)[lane] = ((const int32_t *)&notes.next)[lane];
+    }
+    const raddle_attention_segment &segment = notes.next;
     const int32_t head = segment.head + head_of_item;
-    const int32_t fixed_chunk = p.header->fixed_chunk;
     int32_t end = segment.kv_end;
-    if (fixed_chunk > 0 && segment.slot < 0) {
-        const unsigned chunk = (unsigned)fixed_chunk;
+    if (p.fixed_chunk > 0 && segment.slot < 0) {
+        const unsigned chunk = (unsigned)p.fixed_chunk;
         end = (int32_t)min((unsigned)end, ((unsigned)begin / chunk + 1) * chunk);
     }
     const bool has_head = head < p.num_kv_heads;
     const unsigned group = (unsigned)p.group_size;
-    __syncwarp(); /* the warp has read its notes on the piece before -> they may be overwritten */
     if (lane < RADDLE_DECODE_ROWS * ROW_TILES) {
         /* Rows past the tile see what its last row sees; nobody reads what they get. */
-        const unsigned row = (unsigned)min(segment.row_begin + lane, segment.row_end - 1);
-        notes.keys[lane] = keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(row / group));
+        const bool has_row = segment.row_begin + lane < segment.row_end;
+        const raddle_row row =
+            row_of(p, segment, head, has_row ? segment.row_begin + lane : segment.row_end - 1);
+        notes.keys[lane] = keys_of_token(p, row.qo_len, row.kv_len, row.qo_index);
+        notes.q_rows[lane] =
+            has_row && has_head
+                ? (const q_type *)p.q + row.token * p.q_stride_token + row.qo_head * p.q_stride_head
+                : nullptr;
     }
     if (lane == 0) {
         const unsigned first = (unsigned)segment.row_begin, last = (unsigned)segment.row_end - 1;
-        notes.at.segment = segment_index;
-        notes.at.begin = begin;
-        notes.at.end = end;
-        notes.at.full_begin =
-            keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(last / group)).begin;
-        notes.at.full_end =
-            keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(first / group)).end;
-        notes.at.head = head;
-        notes.at.rows = segment.row_end - segment.row_begin;
-        notes.at.scale = scale_of_head(p, min(head, p.num_kv_heads - 1));
-        notes.at.num_tiles = has_head ? (int32_t)(((unsigned)(end - begin) + TILE - 1) / TILE) : 0;
+        at.index = index;
+        at.begin = begin;
+        at.end = end;
+        at.full_begin =
+            keys_of_token(p, segment.qo_len, segment.kv_len, (int32_t)(last / group)).begin;
+        at.full_end =
+            keys_of_token(p, segment.qo_len, segment.kv_len, (int32_t)(first / group)).end;
+        at.head = head;
+        at.scale = scale_of_head(p, min(head, p.num_kv_heads - 1));
+        at.num_tiles = has_head ? (int32_t)(((unsigned)(end - begin) + TILE - 1) / TILE) : 0;
     }
-    start_lookup(p, request, head, begin + TILE * tile_of_warp, has_head ? end : begin, lane, notes,
+    start_lookup(p, segment, head, begin + TILE * tile_of_warp, has_head ? end : begin, lane, notes,
                  look);
-    __syncwarp(); /* the piece and the keys of all rows are written -> every lane reads them */
+    __syncwarp(); /* the piece and its rows are written -> every lane reads them; what was requested
+                     has been read -> it may be overwritten */
 }
 
 } // namespace
@@ -89,15 +97,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     uint4 *shared_q = map.q + warp * ROW_TILES * Q_QUADS * 32 + lane;
 
     launch_dependents();
-    const piece &at = notes.at;
     lookup look;
+    int which = 0; /* of the two pieces */
     const int32_t first_segment = p.worker_indptr[blockIdx.x];
-    if (first_segment < p.worker_indptr[blockIdx.x + 1]) {
-        open_piece(p, first_segment, p.segments[first_segment].kv_begin, head_of_item, tile_of_warp,
-                   lane, notes, look);
+    const int32_t end_segment = p.worker_indptr[blockIdx.x + 1];
+    if (first_segment < end_segment) {
+        request_segment(p, first_segment, lane, notes);
+        wait_for_requests();
+        const int32_t begin = notes.next.kv_begin;
+        request_pages(p, begin + TILE * tile_of_warp, lane, notes);
+        open_piece(p, first_segment, begin, head_of_item, tile_of_warp, lane, notes,
+                   notes.pieces[which], look);
     }
     wait_for_predecessors(); /* the schedule is older than they are; q, K and V may be theirs */
-    if (first_segment >= p.worker_indptr[blockIdx.x + 1]) {
+    if (first_segment >= end_segment) {
         return;
     }
 
@@ -109,8 +122,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         load_v(t, notes, g, j);
     };
     uint4 q[ROW_TILES][Q_QUADS];
+    /* q first: it would wait behind the tiles. Then what comes after this piece is sent for. */
+    bool same_segment, more, sent_for_pages;
     const auto begin_piece = [&]() {
-        const raddle_attention_segment &segment = p.segments[at.segment];
+        const piece &at = notes.pieces[which];
+        fetch_q(notes, g, j, q);
         if (tile_of_warp < at.num_tiles) {
             load(a);
         } else {
@@ -126,7 +142,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 }
             }
         }
-        load_q(p, segment, segment.head + head_of_item, g, j, notes, q);
+        same_segment = at.end < at.segment.kv_end;
+        more = same_segment || at.index + 1 < end_segment;
+        sent_for_pages = !more;
+        if (more && !same_segment) {
+            request_segment(p, at.index + 1, lane, notes);
+        }
+        if constexpr (QUERY_PAIRS || SCALED_ROWS) {
+            finish_q(p, at, g, j, notes, q);
+        }
         if (Q_IN_SHARED) {
 #pragma unroll
             for (int x = 0; x < ROW_TILES * Q_QUADS; x++) {
@@ -135,14 +159,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             }
         }
     };
+    /* Once per piece, after its first tile: the pages of the next one's. Returns where that begins. */
+    const auto send_for_pages = [&]() {
+        wait_for_requests();
+        const int32_t begin = same_segment ? notes.pieces[which].end : notes.next.kv_begin;
+        if (!sent_for_pages) {
+            request_pages(p, begin + TILE * tile_of_warp, lane, notes);
+            sent_for_pages = true;
+        }
+        return begin;
+    };
     /* Weights of a tile's tokens from their scores. */
     const auto weigh = [&](float(&s)[ROW_TILES][4], unsigned valid, int32_t base,
                            accumulator &acc) {
+        const piece &at = notes.pieces[which];
         if constexpr (SCALED_ROWS) {
             scale_rows(notes, j, s);
         }
         if constexpr (EACH_LOGIT) {
-            finish_scores(p, notes, base, valid, g, j, s);
+            finish_scores(p, notes, at, base, valid, g, j, s);
         } else if (valid != ALL_TOKENS || base < at.full_begin || base > at.full_end - TILE) {
             mask_scores(notes, base, valid, g, j, s);
         }
@@ -154,8 +189,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     };
     const auto compute = [&](const tile &t, int32_t number, accumulator &acc) {
         float s[ROW_TILES][4];
+        const piece &at = notes.pieces[which];
         const int32_t base = at.begin + TILE * number;
-        compute_scores(p, notes, t, base, g, j, q, shared_q, s);
+        compute_scores(p, at, t, base, g, j, q, shared_q, s);
         weigh(s, t.valid, base, acc);
         add_values(t, s, acc.out);
     };
@@ -169,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         if (!PREFETCH) {
             begin_piece();
         }
+        const piece &at = notes.pieces[which];
         accumulator acc;
         clear(acc);
         if constexpr (STAGES > 2) {
@@ -189,6 +226,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                         compute(stage(x), number, acc);
                     }
                 }
+                if (!sent_for_pages) {
+                    send_for_pages();
+                }
             }
         } else if constexpr (STAGES == 2) {
 #pragma unroll 1
@@ -207,6 +247,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                     }
                     compute(b, t + WARPS_PER_HEAD, acc);
                 }
+                if (!sent_for_pages) {
+                    send_for_pages();
+                }
             }
         } else {
 #pragma unroll 1
@@ -214,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 const bool has_next = t + WARPS_PER_HEAD < at.num_tiles;
                 const unsigned valid = a.valid;
                 float s[ROW_TILES][4];
-                compute_scores(p, notes, a, at.begin + TILE * t, g, j, q, shared_q, s);
+                compute_scores(p, at, a, at.begin + TILE * t, g, j, q, shared_q, s);
                 if (has_next) {
                     a.valid = next_tile(p, notes, lane, look);
                     load_k(a, notes, g, j);
@@ -224,21 +267,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 if (has_next) {
                     load_v(a, notes, g, j);
                 }
+                if (!sent_for_pages) {
+                    send_for_pages();
+                }
             }
         }
 
-        /* What follows: the next chunk of the segment, or the next segment. */
-        const piece done = at;
-        const bool same_segment = done.end < p.segments[done.segment].kv_end;
-        const int32_t next_segment = done.segment + !same_segment;
-        const bool more = next_segment < p.worker_indptr[blockIdx.x + 1];
-        if (more) {
-            const int32_t begin = same_segment ? done.end : p.segments[next_segment].kv_begin;
-            open_piece(p, next_segment, begin, head_of_item, tile_of_warp, lane, notes, look);
+        const raddle_attention_segment &segment = at.segment;
+        const bool is_cut = segment.slot >= 0, has_more = more;
+        if (more) { /* the next chunk of the segment, or the next segment */
+            const int32_t begin = send_for_pages();
+            open_piece(p, at.index + !same_segment, begin, head_of_item, tile_of_warp, lane, notes,
+                       notes.pieces[which ^ 1], look);
         }
-        const raddle_attention_segment &segment = p.segments[done.segment];
-        const bool is_cut = segment.slot >= 0;
-        if (PREFETCH && more && !is_cut) {
+        const piece &done = at;
+        which ^= 1;
+        if (PREFETCH && has_more && !is_cut) {
             begin_piece();
         }
         __syncthreads(); /* every thread has read the warps' states of the piece before -> they may
@@ -246,12 +290,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         write_warp(map, p.tile_rows, segment.row_end - segment.row_begin, warp, g, j, acc);
         __syncthreads(); /* the warps' states are written -> every thread combines them */
         if (is_cut) {
-            finish_cut(p, map, done.segment);
-            if (arrive_at_merge(p, segment.merge, &is_last)) {
-                merge_partials<out_type, HEADS, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(
-                    p, segment.merge);
+            const raddle_attention_merge merge = p.merges[segment.merge]; /* before it is needed */
+            finish_cut(p, map, segment);
+            if (arrive_at_merge(p, segment.merge, merge.num_arrivals, &is_last)) {
+                merge_partials<out_type, HEADS, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, merge);
             }
-            if (!more) {
+            if (!has_more) {
                 break;
             }
             if (PREFETCH) {
@@ -259,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             }
         } else {
             finish_uncut(p, map, done, side);
-            if (!more) {
+            if (!has_more) {
                 break;
             }
         }

@@ -70,23 +70,22 @@ __device__ __forceinline__ void mask_scores(const warp_notes &notes, int32_t bas
 /* The same where every logit is looked at: scores become logits in base 2, or weights. What a row
  * does not see is -inf, and no hook hears of it. */
 __device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
-                                              const warp_notes &notes, int32_t base, unsigned valid,
-                                              int g, int j, float (&s)[ROW_TILES][4]) {
-    const raddle_attention_segment &segment = p.segments[notes.at.segment];
-    const raddle_attention_request &request = p.requests[segment.request];
+                                              const warp_notes &notes, const piece &at,
+                                              int32_t base, unsigned valid, int g, int j,
+                                              float (&s)[ROW_TILES][4]) {
+    const int32_t rows = at.segment.row_end - at.segment.row_begin;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const int32_t number = RADDLE_DECODE_ROWS * n + 2 * j + c;
             const key_range keys = notes.keys[number];
-            const raddle_row row =
-                row_of(p, request, segment.request, notes.at.head, segment.row_begin + number);
+            const raddle_row row = row_of(p, at.segment, at.head, at.segment.row_begin + number);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int32_t token = base + g + 8 * r;
-                float x = s[n][2 * r + c] * notes.at.scale;
-                const bool seen = (valid >> (g + 8 * r) & 1u) && number < notes.at.rows &&
+                float x = s[n][2 * r + c] * at.scale;
+                const bool seen = (valid >> (g + 8 * r) & 1u) && number < rows &&
                                   token >= keys.begin && token < keys.end &&
                                   finish_logit(p, row, token, x);
                 s[n][2 * r + c] = seen ? x : negative_infinity();
@@ -152,8 +151,10 @@ __device__ __forceinline__ void update_softmax(float scale, float (&s)[ROW_TILES
 
 /* ------------------------------------------------------------------ combine, fold, write */
 
+constexpr int OUT_ROW = raddle_decode_out_row(HEAD_DIM_VO);
+
 struct shared_map {
-    float *out;         /* [WARPS, tile_rows, HEAD_DIM_VO] */
+    float *out;         /* [WARPS, tile_rows, OUT_ROW] */
     float2 *state;      /* [WARPS, tile_rows] */
     uint4 *q;           /* [WARPS, ROW_TILES * Q_QUADS, 32] */
     float *fold_out;    /* [HEADS, tile_rows, HEAD_DIM_VO] */
@@ -186,7 +187,7 @@ __device__ __forceinline__ void write_warp(const shared_map &m, int32_t tile_row
             if (row >= rows) {
                 continue;
             }
-            float *to = m.out + (warp * tile_rows + row) * HEAD_DIM_VO + ELEMENTS * g;
+            float *to = m.out + (warp * tile_rows + row) * OUT_ROW + ELEMENTS * g;
 #pragma unroll
             for (int i = 0; i < V_CHUNKS; i++) {
                 if (V_WHOLE || ELEMENTS * (8 * i + g) < HEAD_DIM_VO) {
@@ -221,7 +222,7 @@ __device__ __forceinline__ softmax_state combine_warps(const shared_map &m, int3
     for (int k = 0; k < WARPS_PER_HEAD; k++) {
         const int32_t at = (head * WARPS_PER_HEAD + k) * tile_rows + row;
         const float2 part = m.state[at];
-        const float4 out = *(const float4 *)(m.out + at * HEAD_DIM_VO + dim);
+        const float4 out = *(const float4 *)(m.out + at * OUT_ROW + dim);
         const float factor = exp2_fast(part.x - base);
         state.sum = fmaf(part.y, factor, state.sum);
         acc[0] = fmaf(out.x, factor, acc[0]);
@@ -277,8 +278,7 @@ __device__ __forceinline__ int32_t count_quads(const raddle_attention_params &p,
 
 /* The warps' states are in shared memory: adds them up to a partial. */
 __device__ __forceinline__ void finish_cut(const raddle_attention_params &p, const shared_map &m,
-                                           int32_t segment_index) {
-    const raddle_attention_segment &segment = p.segments[segment_index];
+                                           const raddle_attention_segment &segment) {
     const int32_t count = count_quads(p, segment);
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < count; i += THREADS) {
@@ -297,8 +297,7 @@ __device__ __forceinline__ void finish_cut(const raddle_attention_params &p, con
 /* The same: to results, or to one more chunk folded. */
 __device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, const shared_map &m,
                                              const piece &done, int &side) {
-    const raddle_attention_segment &segment = p.segments[done.segment];
-    const raddle_attention_request request = p.requests[segment.request];
+    const raddle_attention_segment &segment = done.segment;
     const int32_t count = count_quads(p, segment);
     const bool first = done.begin == segment.kv_begin;
     const bool last = done.end == segment.kv_end;
@@ -311,8 +310,8 @@ __device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, c
             fold_chunk(m, p.tile_rows, at.head, at.row, at.dim, first, side, state, acc);
         }
         if (last) {
-            const raddle_row row = row_of(p, request, segment.request, segment.head + at.head,
-                                          segment.row_begin + at.row);
+            const raddle_row row =
+                row_of(p, segment, segment.head + at.head, segment.row_begin + at.row);
             write_result<out_type>(p, row, at.dim, acc, state);
         }
     }

@@ -2,7 +2,7 @@
  * how they reach registers, and how they meet q and the weights as mma fragments.
  *
  * Lane = 4 g + j. A chunk is 16 bytes, ELEMENTS of a stored row.
- * K     lane (g, j) holds chunks 4 i + j of tokens g and g + 8. The order of a dot product is free
+ * K     lane (g, j) holds chunks (k_chunk) of tokens g and g + 8. The order of a dot product is free
  *       as long as both sides agree, so that neighbouring words of a chunk are a k-step. Where pairs
  *       of elements are looked at together (rotary), it holds chunk and chunk + half a row instead.
  * V     lane (g, j) holds chunks 8 i + g of tokens 2j, 2j + 1, 2j + 8, 2j + 9; two dims of the four
@@ -78,9 +78,12 @@ __device__ __forceinline__ uint32_t word(const uint4 &chunk, int i) {
     return i == 0 ? chunk.x : i == 1 ? chunk.y : i == 2 ? chunk.z : chunk.w;
 }
 
-/* Chunk of a row of q and K that slot i of lane j holds, and whether there is one. */
+/* Chunk of a row of q and K that slot i of lane j holds, and whether there is one. Two neighbours
+ * where they come out even: a load then touches whole lines of eight rows (64 x 4096: 363.4 us, and
+ * 364.8 with every fourth chunk). */
 __device__ __forceinline__ int k_chunk(int i, int j) {
-    return 4 * (i / TOGETHER) + j + i % TOGETHER * CHUNKS_QK;
+    return TOGETHER == 1 && CHUNKS_QK % 8 == 0 ? 8 * (i / 2) + 2 * j + i % 2
+                                               : 4 * (i / TOGETHER) + j + i % TOGETHER * CHUNKS_QK;
 }
 
 __device__ __forceinline__ bool has_k_chunk(int i, int j) {
@@ -91,24 +94,27 @@ __device__ __forceinline__ bool has_k_chunk(int i, int j) {
 
 /* A run of tokens of one segment that is combined at once. */
 struct piece {
-    int32_t segment;
+    raddle_attention_segment segment;
+    int32_t index; /* of the segment */
     int32_t begin, end;
     int32_t full_begin, full_end; /* tiles inside see no mask */
     int32_t num_tiles;            /* of this warp's head; 0 when there is no such head */
     int32_t head;                 /* of this warp */
-    int32_t rows;
-    float scale; /* of scores */
+    float scale;                  /* of scores */
 };
 
 /* What a warp notes down per piece and reads again per tile: registers are needed for tiles. */
 struct warp_notes {
+    alignas(16) raddle_attention_segment next; /* on its way: what this warp works on next */
+    int32_t next_page[32];                     /* the same: pages of its first tile, per lane */
     const char *base[32]; /* per lane. Lanes 0..15: K of the head, lanes 16..31: V */
     int64_t page_bytes[32];
     int64_t token_bytes[32];
-    const char *address[32];                         /* per lane: its token of the tile at hand */
-    key_range keys[RADDLE_DECODE_ROWS * ROW_TILES];  /* that the rows see */
-    float row_scale[RADDLE_DECODE_ROWS * ROW_TILES]; /* of q, SCALED_ROWS */
-    piece at;
+    const char *address[32]; /* per lane: its token of the tile at hand */
+    const q_type *q_rows[RADDLE_DECODE_ROWS * ROW_TILES]; /* NULL: no such row */
+    key_range keys[RADDLE_DECODE_ROWS * ROW_TILES];       /* that the rows see */
+    float row_scale[RADDLE_DECODE_ROWS * ROW_TILES];      /* of q, SCALED_ROWS */
+    piece pieces[2]; /* the one at hand and the one before or after it, in turn */
 };
 
 /* This lane's token of the warp's next tile. The page id is loaded one tile ahead of its use. */
@@ -126,8 +132,52 @@ __device__ __forceinline__ void fetch_page(const raddle_attention_params &p, loo
     }
 }
 
+/* This lane's token of the tile that starts at `first`: its entry in the page table and its place in
+ * the page. */
+__device__ __forceinline__ void find_entry(const raddle_attention_params &p,
+                                           const raddle_attention_segment &segment, int32_t first,
+                                           int lane, lookup &at) {
+    at.token = first + (lane & (TILE - 1));
+    at.entry = segment.kv_origin;
+    at.offset = at.token;
+    if (p.page_size > 0) {
+        const int32_t number = (int32_t)((unsigned)at.token / (unsigned)p.page_size);
+        at.entry += number;
+        at.offset -= number * p.page_size;
+    }
+}
+
+/* What comes next starts on its way to the notes while something else is computed: first the
+ * segment's record, then, when that is here, the pages of its first tile. */
+__device__ __forceinline__ void request_segment(const raddle_attention_params &p, int32_t index,
+                                                int lane, warp_notes &notes) {
+    constexpr int PARTS = sizeof(raddle_attention_segment) / 16;
+    if (lane < PARTS) {
+        cp_async_16(shared_address(&notes.next) + 16 * lane,
+                    (const char *)&p.segments[index] + 16 * lane);
+    }
+}
+
+__device__ __forceinline__ void request_pages(const raddle_attention_params &p, int32_t first,
+                                              int lane, warp_notes &notes) {
+    if (p.page_size > 0) {
+        lookup at;
+        find_entry(p, notes.next, first, lane, at);
+        if ((unsigned)at.token < (unsigned)notes.next.kv_end) {
+            cp_async_4(shared_address(&notes.next_page[lane]), &p.page_indices[at.entry]);
+        }
+    }
+}
+
+/* What was requested is here, for all lanes. */
+__device__ __forceinline__ void wait_for_requests() {
+    cp_async_wait_all();
+    __syncwarp();
+}
+
+/* The pages of the first tile are in the notes. */
 __device__ __forceinline__ void start_lookup(const raddle_attention_params &p,
-                                             const raddle_attention_request &request, int32_t head,
+                                             const raddle_attention_segment &segment, int32_t head,
                                              int32_t first, int32_t end, int lane,
                                              warp_notes &notes, lookup &at) {
     const bool is_v = lane >= TILE;
@@ -136,23 +186,19 @@ __device__ __forceinline__ void start_lookup(const raddle_attention_params &p,
     const int64_t token_stride = is_v ? p.v_stride_token : p.k_stride_token;
     const char *base =
         (const char *)(is_v ? p.v : p.k) + head * head_stride * (int64_t)sizeof(kv_type);
-    at.token = first + (lane & (TILE - 1));
+    find_entry(p, segment, first, lane, at);
     at.end = end;
-    at.entry = request.kv_begin;
-    at.offset = at.token;
+    at.page = 0;
     if (p.page_size > 0) {
-        const int32_t number = (int32_t)((unsigned)at.token / (unsigned)p.page_size);
-        at.entry += number;
-        at.offset -= number * p.page_size;
+        at.page = (unsigned)at.token < (unsigned)end ? notes.next_page[lane] : -1;
     } else {
-        base += request.kv_begin * token_stride * (int64_t)sizeof(kv_type);
+        base += segment.kv_origin * token_stride * (int64_t)sizeof(kv_type);
         /* Rows past the end of K and V: as out of the pool. */
-        at.end = (int32_t)min((int64_t)end, max(p.num_pages - request.kv_begin, (int64_t)0));
+        at.end = (int32_t)min((int64_t)end, max(p.num_pages - segment.kv_origin, (int64_t)0));
     }
     notes.base[lane] = base; /* read back by the same lane only */
     notes.page_bytes[lane] = page_stride * (int64_t)sizeof(kv_type);
     notes.token_bytes[lane] = token_stride * (int64_t)sizeof(kv_type);
-    fetch_page(p, at);
 }
 
 /* Notes the address of this lane's token for the warp's tile at hand (zeros when it is not there),
@@ -232,14 +278,20 @@ __device__ __forceinline__ void clear(tile &t) {
     }
 }
 
-/* A chunk of q as stored, words of it from `word` on; zeros where there is none. */
-__device__ __forceinline__ void load_q_chunk(const q_type *row, bool there, int i, int j,
-                                             uint32_t (&words)[WORDS]) {
-    const uint4 *from = (const uint4 *)(row + ELEMENTS * k_chunk(i, j));
+/* Q as stored: lane (g, j) takes of row g of each row tile the chunks that it has of K. */
+__device__ __forceinline__ void fetch_q(const warp_notes &notes, int g, int j,
+                                        uint4 (&q)[ROW_TILES][Q_QUADS]) {
 #pragma unroll
-    for (int w = 0; w < WORDS; w += 4) {
-        const uint4 x = there && has_k_chunk(i, j) ? from[w / 4] : make_uint4(0, 0, 0, 0);
-        words[w] = x.x, words[w + 1] = x.y, words[w + 2] = x.z, words[w + 3] = x.w;
+    for (int n = 0; n < ROW_TILES; n++) {
+        const q_type *row = notes.q_rows[RADDLE_DECODE_ROWS * n + g];
+#pragma unroll
+        for (int x = 0; x < Q_QUADS; x++) {
+            const int i = x / (WORDS / 4), part = x % (WORDS / 4);
+            q[n][x] = make_uint4(0, 0, 0, 0);
+            if (row && has_k_chunk(i, j)) {
+                q[n][x] = *(const uint4 *)(row + ELEMENTS * k_chunk(i, j) + 8 * part);
+            }
+        }
     }
 }
 
@@ -258,37 +310,31 @@ __device__ __forceinline__ float scale_of_row(const uint32_t (&words)[K_CHUNKS][
     return __uint_as_float((exponent == 0 || exponent >= 254 ? 127u : 254u - exponent) << 23);
 }
 
-/* Q as the B operand: lane (g, j) holds row g of each row tile, in the order of K's chunks. */
-__device__ __forceinline__ void load_q(const raddle_attention_params &p,
-                                       const raddle_attention_segment &segment, int32_t head, int g,
-                                       int j, warp_notes &notes, uint4 (&q)[ROW_TILES][Q_QUADS]) {
-    const raddle_attention_request request = p.requests[segment.request];
+/* From q as stored to the B operand: what the variant makes of it, in the operand's type. */
+__device__ __forceinline__ void finish_q(const raddle_attention_params &p, const piece &at, int g,
+                                         int j, warp_notes &notes, uint4 (&q)[ROW_TILES][Q_QUADS]) {
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
-        const int32_t row = segment.row_begin + RADDLE_DECODE_ROWS * n + g;
-        const bool there = row < segment.row_end && head < p.num_kv_heads;
-        const raddle_row place = row_of(p, request, segment.request, head, row);
-        const q_type *from =
-            (const q_type *)p.q + place.token * p.q_stride_token + place.qo_head * p.q_stride_head;
+        const int number = RADDLE_DECODE_ROWS * n + g;
+        const bool there = notes.q_rows[number] != nullptr;
         uint32_t words[K_CHUNKS][WORDS];
 #pragma unroll
-        for (int i = 0; i < K_CHUNKS; i++) {
-            load_q_chunk(from, there, i, j, words[i]);
+        for (int x = 0; x < K_CHUNKS * WORDS; x++) {
+            words[x / WORDS][x % WORDS] = word(q[n][x / 4], x % 4);
         }
         if constexpr (QUERY_PAIRS) {
+            const raddle_row row = row_of(p, at.segment, at.head, at.segment.row_begin + number);
 #pragma unroll
-            for (int x = 0; x < K_CHUNKS / 2 * ELEMENTS; x++) {
-                const int i = x / ELEMENTS * 2, e = x % ELEMENTS;
+            for (int x = 0; x < K_CHUNKS / 2 * WORDS; x++) {
+                const int i = x / WORDS * 2, w = x % WORDS;
                 if (there && has_k_chunk(i, j)) {
-                    const float2 low = unpack2<q_type>(words[i][e / 2]);
-                    const float2 high = unpack2<q_type>(words[i + 1][e / 2]);
-                    const raddle_pair pair = finish_query(p, place, ELEMENTS * k_chunk(i, j) + e,
-                                                          e % 2 ? raddle_pair{low.y, high.y}
-                                                                : raddle_pair{low.x, high.x});
-                    words[i][e / 2] =
-                        e % 2 ? pack2<q_type>(low.x, pair.low) : pack2<q_type>(pair.low, low.y);
-                    words[i + 1][e / 2] =
-                        e % 2 ? pack2<q_type>(high.x, pair.high) : pack2<q_type>(pair.high, high.y);
+                    const int32_t dim = ELEMENTS * k_chunk(i, j) + 2 * w;
+                    const float2 low = unpack2<q_type>(words[i][w]);
+                    const float2 high = unpack2<q_type>(words[i + 1][w]);
+                    const raddle_pair a = finish_query(p, row, dim, raddle_pair{low.x, high.x});
+                    const raddle_pair b = finish_query(p, row, dim + 1, raddle_pair{low.y, high.y});
+                    words[i][w] = pack2<q_type>(a.low, b.low);
+                    words[i + 1][w] = pack2<q_type>(a.high, b.high);
                 }
             }
         }
@@ -300,14 +346,14 @@ __device__ __forceinline__ void load_q(const raddle_attention_params &p,
                 words[x / WORDS][x % WORDS] = pack2<f16>(pair.x * scale, pair.y * scale);
             }
             if (j == 0) {
-                notes.row_scale[RADDLE_DECODE_ROWS * n + g] =
+                notes.row_scale[number] =
                     __uint_as_float((254u << 23) - __float_as_uint(scale)); /* its inverse */
             }
         }
 #pragma unroll
         for (int x = 0; x < Q_QUADS; x++) {
-            const uint32_t *w = &words[0][0] + 4 * x;
-            q[n][x] = make_uint4(w[0], w[1], w[2], w[3]);
+            const int i = 4 * x / WORDS, w = 4 * x % WORDS;
+            q[n][x] = make_uint4(words[i][w], words[i][w + 1], words[i][w + 2], words[i][w + 3]);
         }
     }
     if (SCALED_ROWS) {
@@ -344,9 +390,9 @@ __device__ __forceinline__ void finish_chunks(const raddle_attention_params &p,
 }
 
 /* s[n]: tokens g (0, 1) and g + 8 (2, 3) against rows 2j, 2j + 1. base: the tile's first token. */
-__device__ __forceinline__ void compute_scores(const raddle_attention_params &p,
-                                               const warp_notes &notes, const tile &t, int32_t base,
-                                               int g, int j, const uint4 (&q)[ROW_TILES][Q_QUADS],
+__device__ __forceinline__ void compute_scores(const raddle_attention_params &p, const piece &at,
+                                               const tile &t, int32_t base, int g, int j,
+                                               const uint4 (&q)[ROW_TILES][Q_QUADS],
                                                const uint4 *shared_q, float (&s)[ROW_TILES][4]) {
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
@@ -362,9 +408,8 @@ __device__ __forceinline__ void compute_scores(const raddle_attention_params &p,
                 unpack_chunk(t.k[r][i + c], k[c][r]);
             }
             if constexpr (KEY_PAIRS) {
-                const raddle_attention_segment &segment = p.segments[notes.at.segment];
-                const raddle_key key{segment.request, base + g + 8 * r,
-                                     p.requests[segment.request].kv_len, notes.at.head};
+                const raddle_key key{at.segment.request, base + g + 8 * r, at.segment.kv_len,
+                                     at.head};
                 if (has_k_chunk(i, j) && (t.valid >> (g + 8 * r) & 1u)) {
                     finish_chunks(p, key, ELEMENTS * k_chunk(i, j), k[0][r], k[TOGETHER - 1][r]);
                 }
@@ -379,8 +424,8 @@ __device__ __forceinline__ void compute_scores(const raddle_attention_params &p,
                 const uint32_t(&w)[2][WORDS] = k[x / WORDS];
 #pragma unroll
                 for (int e = 0; e < 4; e += 2) {
-                    const int at = x % WORDS + e;
-                    mma_m16n8k16<mma_type>(s[n], w[0][at], w[1][at], w[0][at + 1], w[1][at + 1],
+                    const int c = x % WORDS + e;
+                    mma_m16n8k16<mma_type>(s[n], w[0][c], w[1][c], w[0][c + 1], w[1][c + 1],
                                            word(b, e), word(b, e + 1));
                 }
             }

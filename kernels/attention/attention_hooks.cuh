@@ -74,18 +74,18 @@ __device__ __forceinline__ const raddle_variant *variant_of(const raddle_attenti
     return (const raddle_variant *)(&p + 1);
 }
 
-/* Packed row `row` of a request and K/V head. */
-__device__ __forceinline__ raddle_row row_of(const raddle_attention_params &p,
-                                             const raddle_attention_request &request,
-                                             int32_t request_index, int32_t kv_head, int32_t row) {
+/* Packed row `row` of the request of a segment or merge, and a K/V head. */
+template <typename work>
+__device__ __forceinline__ raddle_row row_of(const raddle_attention_params &p, const work &of,
+                                             int32_t kv_head, int32_t row) {
     const unsigned group = (unsigned)p.group_size;
     const unsigned token = (unsigned)row / group;
     raddle_row r;
-    r.token = request.qo_begin + (int64_t)token;
-    r.request = request_index;
+    r.token = of.qo_begin + (int64_t)token;
+    r.request = of.request;
     r.qo_index = (int32_t)token;
-    r.qo_len = request.qo_len;
-    r.kv_len = request.kv_len;
+    r.qo_len = of.qo_len;
+    r.kv_len = of.kv_len;
     r.qo_head = kv_head * p.group_size + (int32_t)((unsigned)row - token * group);
     r.kv_head = kv_head;
     return r;

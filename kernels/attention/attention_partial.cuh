@@ -40,11 +40,10 @@ __device__ __forceinline__ int64_t partial_row(const raddle_attention_params &p,
 /* Counts this segment's partial in. True on all threads of the CTA when it was the last of its item:
  * then the counter is 0 again for the next launch. `is_last` is one word of shared memory. */
 __device__ __forceinline__ bool arrive_at_merge(const raddle_attention_params &p, int32_t merge,
-                                                int32_t *is_last) {
-    const int32_t expected = p.merges[merge].num_arrivals; /* before the wait, not behind it */
+                                                int32_t num_arrivals, int32_t *is_last) {
     __syncthreads(); /* every thread's part of the partial is written -> thread 0 publishes it */
     if (threadIdx.x == 0) {
-        *is_last = arrive(&p.arrivals[merge]) == expected - 1;
+        *is_last = arrive(&p.arrivals[merge]) == num_arrivals - 1;
         if (*is_last) {
             p.arrivals[merge] = 0;
         }
@@ -60,7 +59,6 @@ template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, i
 __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
                                             const raddle_attention_merge &merge, int32_t total) {
     constexpr int QUADS = HEAD_DIM_VO / 4;
-    const raddle_attention_request request = p.requests[merge.request];
     const unsigned rows = (unsigned)(merge.row_end - merge.row_begin);
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < total; i += OUTPUTS * THREADS) {
@@ -108,9 +106,8 @@ __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
             const int32_t at = i + o * THREADS;
             if (at < total) {
                 const unsigned row = (unsigned)(at / QUADS);
-                const raddle_row place =
-                    row_of(p, request, merge.request, merge.head + (int32_t)(row / rows),
-                           merge.row_begin + (int32_t)(row % rows));
+                const raddle_row place = row_of(p, merge, merge.head + (int32_t)(row / rows),
+                                                merge.row_begin + (int32_t)(row % rows));
                 write_result<out_type>(p, place, 4 * (at % QUADS), acc[o], state[o]);
             }
         }
@@ -122,8 +119,7 @@ __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
  * of many partials of one output, or of few partials of several. */
 template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, int IN_FLIGHT>
 __device__ __forceinline__ void merge_partials(const raddle_attention_params &p,
-                                               int32_t merge_index) {
-    const raddle_attention_merge merge = p.merges[merge_index];
+                                               const raddle_attention_merge &merge) {
     const int32_t heads = min(HEADS_PER_ITEM, p.num_kv_heads - merge.head);
     const int32_t total = heads * (merge.row_end - merge.row_begin) * (HEAD_DIM_VO / 4);
     if (total > THREADS && merge.slot_count <= IN_FLIGHT / 2) {

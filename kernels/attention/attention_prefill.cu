@@ -334,15 +334,14 @@ __device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
                                               int32_t segment_index, int32_t base, uint64_t valid,
                                               scores &s) {
     const raddle_attention_segment &segment = p.segments[segment_index];
-    const raddle_attention_request &request = p.requests[segment.request];
     const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const int32_t number = segment.row_begin + row0 + 16 * r + 8 * c;
-            const raddle_row row = row_of(p, request, segment.request, segment.head, number);
-            const key_range keys = keys_of_token(p, request.qo_len, request.kv_len, row.qo_index);
+            const raddle_row row = row_of(p, segment, segment.head, number);
+            const key_range keys = keys_of_token(p, row.qo_len, row.kv_len, row.qo_index);
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; n++) {
 #pragma unroll
@@ -513,7 +512,6 @@ __device__ __forceinline__ void fold_chunk(const shared_map &m, bool first, accu
 __device__ __forceinline__ void write_results(const raddle_attention_params &p,
                                               const raddle_attention_segment &segment, bool folded,
                                               const accumulator &acc) {
-    const raddle_attention_request &request = p.requests[segment.request];
     const int32_t thread = thread_here(), j2 = 2 * (thread % 4), row0 = first_row(thread);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -525,7 +523,7 @@ __device__ __forceinline__ void write_results(const raddle_attention_params &p,
             if (row >= segment.row_end) {
                 continue;
             }
-            const raddle_row place = row_of(p, request, segment.request, segment.head, row);
+            const raddle_row place = row_of(p, segment, segment.head, row);
             const float factor = finish_row(p, place, state);
             const bool empty = factor == 0.0f; /* sees nothing: exactly 0 */
             out_type *out = (out_type *)p.out + place.token * p.out_stride_token +
@@ -557,7 +555,7 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
     const raddle_attention_segment &segment = p.segments[index];
     const raddle_attention_request &request = p.requests[segment.request];
     const unsigned group = (unsigned)p.group_size;
-    const int32_t fixed_chunk = p.header->fixed_chunk;
+    const int32_t fixed_chunk = p.fixed_chunk;
     int32_t end = segment.kv_end;
     if (fixed_chunk > 0 && segment.slot < 0) {
         const unsigned chunk = (unsigned)fixed_chunk;
@@ -576,7 +574,7 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
     }
     if (thread < TILE_ROWS) {
         const int32_t row = segment.row_begin + thread;
-        const raddle_row place = row_of(p, request, segment.request, segment.head, row);
+        const raddle_row place = row_of(p, segment, segment.head, row);
         const kv_type *from =
             (const kv_type *)p.q + place.token * p.q_stride_token + place.qo_head * p.q_stride_head;
         m.q_rows[thread] = row < segment.row_end ? (const char *)from : (const char *)zeros;
@@ -607,8 +605,9 @@ __device__ __forceinline__ void finish_piece(const raddle_attention_params &p, c
     const raddle_attention_segment &segment = p.segments[done.segment];
     if (segment.slot >= 0) {
         write_partial(p, segment, acc);
-        if (arrive_at_merge(p, segment.merge, is_last)) {
-            merge_partials<out_type, 1, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, segment.merge);
+        const raddle_attention_merge &merge = p.merges[segment.merge];
+        if (arrive_at_merge(p, segment.merge, merge.num_arrivals, is_last)) {
+            merge_partials<out_type, 1, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, merge);
         }
         return;
     }

@@ -43,8 +43,12 @@ typedef struct raddle_attention_segment {
     int32_t kv_begin, kv_end;   /* tokens; equal when the item sees nothing: output 0, lse -inf */
     int32_t slot;               /* partial of this segment, or -1: write the output */
     int32_t merge;              /* of a cut item, or -1 */
+    /* Of the request, so that a kernel need not look it up: a copy of its record. */
+    int32_t qo_begin, qo_len;
+    int32_t kv_origin; /* its kv_begin: first entry in the page table, or first row */
+    int32_t kv_len;
 } raddle_attention_segment;
-RADDLE_ASSERT_SIZE(raddle_attention_segment, 32);
+RADDLE_ASSERT_SIZE(raddle_attention_segment, 48);
 
 typedef struct raddle_attention_merge {
     int32_t request;
@@ -52,8 +56,9 @@ typedef struct raddle_attention_merge {
     int32_t row_begin, row_end;
     int32_t slot_begin, slot_count; /* consecutive, in K/V order */
     int32_t num_arrivals;           /* segments that must be done before the merge may run */
-    int32_t reserved;
+    int32_t qo_begin, qo_len, kv_len; /* of the request */
+    int32_t reserved[2];
 } raddle_attention_merge;
-RADDLE_ASSERT_SIZE(raddle_attention_merge, 32);
+RADDLE_ASSERT_SIZE(raddle_attention_merge, 48);
 
 #endif

@@ -21,8 +21,13 @@ RADDLE_INLINE int32_t raddle_round_up(int32_t x, int32_t multiple) {
 /* ---- attention_decode: warp outputs | warp states | q of each warp (when kept here) | fold
  * outputs | fold states */
 
+/* Floats between two rows of a warp's outputs: padded against bank conflicts. */
+RADDLE_INLINE int32_t raddle_decode_out_row(int32_t head_dim_vo) {
+    return head_dim_vo + 4;
+}
+
 RADDLE_INLINE int32_t raddle_decode_out_bytes(int32_t tile_rows, int32_t head_dim_vo) {
-    return RADDLE_DECODE_WARPS * tile_rows * head_dim_vo * 4;
+    return RADDLE_DECODE_WARPS * tile_rows * raddle_decode_out_row(head_dim_vo) * 4;
 }
 
 RADDLE_INLINE int32_t raddle_decode_state_bytes(int32_t tile_rows) {

@@ -61,6 +61,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from) {
                  : "memory");
 }
 
+/* The same of 4 bytes. */
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -68,6 +73,11 @@ __device__ __forceinline__ void cp_async_commit() {
 /* Waits until all of this thread's groups but the last PENDING have landed. */
 template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/* Waits for all of this thread's copies, grouped or not. */
+__device__ __forceinline__ void cp_async_wait_all() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 /* Programmatic dependent launch (sm_90; nothing elsewhere): lets the next launch start its

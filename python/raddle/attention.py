@@ -158,7 +158,7 @@ class BatchDecode(_PagedAttention):
     independent, bit for bit, of what else is in the batches of a plan with these arguments.
     max_ctas bounds the CTAs (CPU: threads) that run() uses.
 
-    Variants, all three classes alike. kv_dtype may be float8_e4m3fn or float8_e5m2 too (NumPy: uint8
+    Variants, all three classes alike. kv_dtype may be float8_e4m3fn or float8_e5m2 (NumPy: uint8
     arrays). logits_soft_cap c > 0: logits become c * tanh(logit / c). pos_encoding: "ROPE" rotates
     q and the un-rotated keys of the cache in the kernel, halves of a row as pairs, the query at
     kv_len - qo_len + i, by rope_theta^(-2t / head_dim) / rope_scale (defaults 10000 and 1); "ALIBI"

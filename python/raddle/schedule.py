@@ -5,7 +5,8 @@ class Schedule:
     """What a plan decided, as NumPy arrays.
 
     requests [batch] (qo_begin, qo_len, kv_begin, kv_len), segments [n] (request, head, row_begin,
-    row_end, kv_begin, kv_end, slot, merge), merges [m] (request, head, row_begin, row_end,
+    row_end, kv_begin, kv_end, slot, merge, and of the request qo_begin, qo_len, kv_origin,
+    kv_len), merges [m] (request, head, row_begin, row_end,
     slot_begin, slot_count, ...), worker_indptr [workers + 1] into segments; config holds tile_rows,
     tile_kv, heads_per_item, segment_cost, token_bytes (K and V of a token and head) and the
     like."""
@@ -27,6 +28,10 @@ class Schedule:
             "kv_end",
             "slot",
             "merge",
+            "qo_begin",
+            "qo_len",
+            "kv_origin",
+            "kv_len",
         )
         self.merges = table(
             merges,
@@ -37,7 +42,11 @@ class Schedule:
             "slot_begin",
             "slot_count",
             "num_arrivals",
-            "reserved",
+            "qo_begin",
+            "qo_len",
+            "kv_len",
+            "reserved_0",
+            "reserved_1",
         )
         self.worker_indptr = np.frombuffer(worker_indptr, dtype=np.int32)
         self.config = config
