@@ -1,5 +1,7 @@
 """Makes arguments for the tests of the ops family: every dtype, both devices. Needs: numpy."""
 
+import math
+
 import numpy as np
 import raddle
 
@@ -50,3 +52,17 @@ def assert_rounded(got, want, dtype, slack=0.0):
     worst = np.max(np.abs(got - want) - limit, initial=-1)
     assert worst <= 0, f"error over the limit by {worst}"
     assert got.shape == want.shape
+
+
+def assert_distributed(tokens, p):
+    """Chi-square of draws against p, with 5 sigma of room; what expects fewer than 5 is joined."""
+    counts = np.bincount(tokens, minlength=len(p))
+    assert (counts[p == 0] == 0).all()
+    expected = len(tokens) * p
+    often = expected >= 5
+    expected = np.append(expected[often], expected[~often].sum())
+    counts = np.append(counts[often], counts[~often].sum())
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    chi = ((counts - expected) ** 2 / expected).sum()
+    freedom = max(len(expected) - 1, 1)
+    assert chi < freedom + 5 * math.sqrt(2 * freedom) + 5
