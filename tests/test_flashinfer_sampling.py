@@ -243,18 +243,9 @@ def test_chain_speculative_sampling(device):
         draft, ids.long(), target.double(), accepted, emitted, True, None, 3, 8
     )
     assert again[1] is accepted and accepted.tolist() == [2] and emitted.tolist() == [2]
-    for options in (
-        {"generator": torch.Generator(device).manual_seed(1)},
-        {"seed": 1, "offset": 0},
-    ):
+    generator = torch.Generator(device).manual_seed(1)
+    for options in ({"generator": generator}, {"seed": 1, "offset": 0}):
         sampling.chain_speculative_sampling(draft, ids, target, **options)
+    two = torch.arange(2, device=device)
     with pytest.raises(ValueError, match="seed tensor length"):
-        sampling.chain_speculative_sampling(
-            draft, ids, target, seed=torch.arange(2), offset=torch.arange(2)
-        ) if device == "cpu" else sampling.chain_speculative_sampling(
-            draft,
-            ids,
-            target,
-            seed=torch.arange(2, device=device),
-            offset=torch.arange(2, device=device),
-        )
+        sampling.chain_speculative_sampling(draft, ids, target, seed=two, offset=two)
