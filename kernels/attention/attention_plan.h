@@ -1,0 +1,415 @@
+/* attention_plan.h - the planner in parallel: the threads of one CTA cut a batch into shares of
+ * equal cost. C11 and NVRTC; on the host one thread runs it, for its tests.
+ *
+ * Kinds are (request, row tile); the heads of a request have the same kinds. With the prefix sums of
+ * their costs, any boundary between two workers is found by a search, alone. A candidate is a
+ * rule that places boundary k; all boundaries of all candidates are found side by side, the cost
+ * of every share follows from its two boundaries, and the candidate whose largest share is
+ * smallest wins:
+ *   WHOLE, WHOLE_EQUAL  items stay whole; workers as many as useful, or as divide equal items
+ *   OWN                 fewer items than workers: each item has workers of its own, an equal
+ *                       piece for each
+ *   EVEN_*              boundaries evenly spaced in cost; one that falls near an item's end moves
+ *                       there
+ * From the winner's boundaries each segment, partial and merge knows its place by counting cuts.
+ * attention_schedule.c walks the items in order instead, which takes one thread, and comes to
+ * shares as large within a few per cent. What a schedule is: attention_schedule.h.
+ *
+ * Lengths and offsets may be anything: they are clamped so that nothing outside the plan's arrays
+ * and the page table's is touched.
+ */
+#ifndef RADDLE_ATTENTION_PLAN_H
+#define RADDLE_ATTENTION_PLAN_H
+
+#include "attention/attention_plan_items.h"
+
+/* ------------------------------------------------------------------ pieces of an item's own */
+
+/* The shortest piece such that the workers suffice when every item has its own. */
+RADDLE_PLAN_FUNCTION void raddle_plan_fit_own(const raddle_attention_plan_params *p,
+                                              raddle_plan_shape *shape,
+                                              const raddle_plan_space *space, int32_t thread,
+                                              int32_t threads) {
+    shape->own_workers = 0;
+    if (shape->items >= shape->max_workers) {
+        return;
+    }
+    /* With pieces of `most` the items' last ones take one worker each and the rest suffices. */
+    const int64_t least = raddle_plan_ceil_div(shape->tokens, shape->max_workers);
+    const int64_t most =
+        raddle_plan_ceil_div(shape->tokens, shape->max_workers - shape->items) + p->tile_kv;
+    if (thread == 0) {
+        *space->probe = RADDLE_PLAN_PROBES;
+    }
+    RADDLE_PLAN_SYNC(); /* the start is written -> it may be lowered */
+    for (int32_t i = thread; i <= RADDLE_PLAN_PROBES; i += threads) {
+        const int64_t tokens = least + (most - least) * i / RADDLE_PLAN_PROBES;
+        int64_t workers = 0;
+        for (int32_t kind = 0; kind < shape->kinds; kind++) {
+            const int64_t of_kind = space->prefix[kind + 1] - space->prefix[kind] - p->segment_cost;
+            workers += of_kind > 0 && tokens > 0
+                           ? ((uint32_t)of_kind + (uint32_t)tokens - 1) / (uint32_t)tokens
+                           : 1;
+        }
+        if (workers * shape->groups <= shape->max_workers) {
+            RADDLE_PLAN_MIN(space->probe, i);
+        }
+    }
+    RADDLE_PLAN_SYNC(); /* every probe has voted -> the least is read */
+    const int64_t tokens = least + (most - least) * *space->probe / RADDLE_PLAN_PROBES;
+    if (tokens <= 0 || tokens > 0x7fffffff) {
+        return;
+    }
+    shape->own_tokens = (int32_t)tokens;
+    const int64_t workers = raddle_plan_sum_kinds(p, shape, shape->own_tokens, space->partial,
+                                                  space->shares, thread, threads) *
+                            shape->groups;
+    shape->own_workers = workers <= shape->max_workers ? (int32_t)workers : 0;
+}
+
+/* ------------------------------------------------------------------ boundaries */
+
+/* Cuts an item at the multiple of the tile next to its token `used`, or at an end of it. */
+RADDLE_PLAN_FUNCTION raddle_plan_boundary raddle_plan_cut(const raddle_attention_plan_params *p,
+                                                          int32_t index,
+                                                          const raddle_plan_item *item,
+                                                          int64_t used) {
+    const int64_t at = item->kv_begin + used;
+    used = (at + p->tile_kv / 2) / p->tile_kv * p->tile_kv - item->kv_begin;
+    const bool ends = used >= item->kv_end - item->kv_begin;
+    raddle_plan_boundary boundary;
+    boundary.item = index + ends;
+    boundary.used = ends || used <= 0 ? 0 : (int32_t)used;
+    return boundary;
+}
+
+/* x: cost before the boundary. Closer to an item's end than tolerance it moves there; a negative
+ * tolerance moves all to the closer end. */
+RADDLE_PLAN_FUNCTION raddle_plan_boundary
+raddle_plan_cut_cost(const raddle_attention_plan_params *p, const raddle_plan_shape *shape,
+                     const int64_t *prefix, int64_t x, int64_t tolerance) {
+    int64_t offset = 0;
+    const raddle_plan_place at =
+        raddle_plan_find(shape, prefix, raddle_plan_clamp(x, 0, shape->cost - 1), &offset);
+    const int32_t index = (at.request * shape->groups + at.group) * shape->tiles + at.tile;
+    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const int64_t left = (int64_t)(item.kv_end - item.kv_begin) + p->segment_cost - offset;
+    if (tolerance < 0 || offset <= tolerance || left <= tolerance) {
+        raddle_plan_boundary boundary;
+        boundary.item = index + (left < offset);
+        boundary.used = 0;
+        return boundary;
+    }
+    return raddle_plan_cut(p, index, &item, offset - p->segment_cost);
+}
+
+RADDLE_PLAN_FUNCTION raddle_plan_boundary raddle_plan_cut_own(const raddle_attention_plan_params *p,
+                                                              const raddle_plan_shape *shape,
+                                                              const int64_t *shares, int32_t k) {
+    int64_t piece = 0;
+    const raddle_plan_place at = raddle_plan_find(shape, shares, k, &piece);
+    const int32_t index = (at.request * shape->groups + at.group) * shape->tiles + at.tile;
+    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const int32_t kind = at.request * shape->tiles + at.tile;
+    const int64_t pieces = shares[kind + 1] - shares[kind];
+    if (piece == 0) {
+        raddle_plan_boundary boundary;
+        boundary.item = index;
+        boundary.used = 0;
+        return boundary;
+    }
+    return raddle_plan_cut(p, index, &item, (item.kv_end - item.kv_begin) * piece / pieces);
+}
+
+/* Workers that a candidate uses; 0: it is not to be had. */
+RADDLE_PLAN_FUNCTION int32_t raddle_plan_candidate_workers(const raddle_plan_shape *shape,
+                                                           int32_t candidate) {
+    const int32_t items = shape->items, workers = shape->max_workers;
+    if (candidate == RADDLE_PLAN_WHOLE_EQUAL) {
+        const int32_t each = (items + workers - 1) / workers;
+        return (items + each - 1) / each;
+    }
+    return candidate == RADDLE_PLAN_OWN ? shape->own_workers : workers;
+}
+
+/* Where worker k of a candidate begins. */
+RADDLE_PLAN_FUNCTION raddle_plan_boundary
+raddle_plan_begin_of(const raddle_attention_plan_params *p, const raddle_plan_shape *shape,
+                     const raddle_plan_space *space, int32_t candidate, int32_t k) {
+    const int32_t workers = raddle_plan_candidate_workers(shape, candidate);
+    raddle_plan_boundary boundary;
+    boundary.item = k >= workers && workers > 0 ? shape->items : 0;
+    boundary.used = 0;
+    if (k == 0 || k >= workers) {
+        return boundary;
+    }
+    if (candidate == RADDLE_PLAN_OWN) {
+        return raddle_plan_cut_own(p, shape, space->shares, k);
+    }
+    /* Every worker but the first pays for the rest of an item that was cut. */
+    const bool is_whole = candidate == RADDLE_PLAN_WHOLE || candidate == RADDLE_PLAN_WHOLE_EQUAL;
+    const int64_t price = is_whole ? 0 : p->segment_cost, spread = shape->cost - price;
+    const int64_t x = price + spread / workers * k + spread % workers * k / workers;
+    const int64_t tolerance = is_whole                             ? -1
+                              : candidate == RADDLE_PLAN_EVEN_FAR  ? price
+                              : candidate == RADDLE_PLAN_EVEN_NEAR ? price / 2
+                                                                   : 0;
+    return raddle_plan_cut_cost(p, shape, space->prefix, x, tolerance);
+}
+
+/* Cost of the share between two boundaries: a piece costs its tokens and a segment's price. */
+RADDLE_PLAN_FUNCTION int64_t raddle_plan_share(const raddle_attention_plan_params *p,
+                                               const raddle_plan_shape *shape,
+                                               const int64_t *prefix, raddle_plan_boundary begin,
+                                               raddle_plan_boundary end) {
+    if (begin.item == end.item && begin.used == end.used) {
+        return 0;
+    }
+    const int64_t items = begin.item == end.item
+                              ? 0
+                              : raddle_plan_before(shape, prefix, end.item) -
+                                    raddle_plan_before(shape, prefix, begin.item);
+    return items - begin.used + end.used + (end.used > 0 ? p->segment_cost : 0);
+}
+
+/* Finds the boundaries of all candidates; returns those [num_workers + 1] of the best. */
+RADDLE_PLAN_FUNCTION const raddle_plan_boundary *
+raddle_plan_choose(const raddle_attention_plan_params *p, const raddle_plan_shape *shape,
+                   const raddle_plan_space *space, int32_t thread, int32_t threads) {
+    const int32_t stride = p->num_workers + 1;
+    for (int32_t i = thread; i < RADDLE_PLAN_CANDIDATES * stride; i += threads) {
+        space->bounds[i] = raddle_plan_begin_of(p, shape, space, i / stride, i % stride);
+        if (i < RADDLE_PLAN_CANDIDATES) {
+            space->worst[i] = 0;
+        }
+    }
+    RADDLE_PLAN_SYNC(); /* boundaries are written -> the shares between them are measured */
+    for (int32_t i = thread; i < RADDLE_PLAN_CANDIDATES * stride; i += threads) {
+        if (i % stride < p->num_workers) {
+            RADDLE_PLAN_MAX(&space->worst[i / stride],
+                            (long long)raddle_plan_share(p, shape, space->prefix, space->bounds[i],
+                                                         space->bounds[i + 1]));
+        }
+    }
+    RADDLE_PLAN_SYNC(); /* the largest shares are known -> everybody chooses alike */
+    int32_t best = RADDLE_PLAN_WHOLE;
+    for (int32_t i = 0; i < RADDLE_PLAN_CANDIDATES; i++) {
+        if (raddle_plan_candidate_workers(shape, i) > 0 && space->worst[i] < space->worst[best]) {
+            best = i;
+        }
+    }
+    return space->bounds + best * stride;
+}
+
+/* ------------------------------------------------------------------ what is written */
+
+RADDLE_PLAN_FUNCTION bool raddle_plan_is_cut(const raddle_plan_boundary *bounds, int32_t k) {
+    return bounds[k].used > 0 &&
+           (bounds[k].item != bounds[k - 1].item || bounds[k].used != bounds[k - 1].used);
+}
+
+/* Counts cuts and cut items up to each boundary; empty shares are between equal boundaries. */
+RADDLE_PLAN_FUNCTION int64_t raddle_plan_count_cuts(const raddle_attention_plan_params *p,
+                                                    const raddle_plan_boundary *bounds,
+                                                    const raddle_plan_space *space, int32_t thread,
+                                                    int32_t threads) {
+    const int32_t boundaries = p->num_workers + 1;
+    const int32_t per_thread = (boundaries + threads - 1) / threads;
+    const int64_t first = (int64_t)per_thread * thread;
+    const int64_t end = raddle_plan_clamp(first + per_thread, 0, boundaries);
+    int64_t sum = 0, total = 0;
+    for (int64_t pass = 0; pass < 2; pass++) {
+        for (int64_t k = first; k < end; k++) {
+            if (raddle_plan_is_cut(bounds, (int32_t)k)) { /* boundary 0 never is */
+                const bool is_first =
+                    bounds[k - 1].item != bounds[k].item || bounds[k - 1].used == 0;
+                sum += 1 + ((int64_t)is_first << 32);
+            }
+            if (pass == 1) {
+                space->counts[k] = sum;
+            }
+        }
+        if (pass == 0) {
+            sum = raddle_plan_scan(space->partial, sum, thread, threads, &total);
+        }
+    }
+    RADDLE_PLAN_SYNC(); /* the counts are written -> everybody reads them */
+    return total;
+}
+
+/* The last boundary that lies before or at the beginning of an item. */
+RADDLE_PLAN_FUNCTION int32_t raddle_plan_last_bound(const raddle_plan_boundary *bounds,
+                                                    int32_t num_workers, int32_t item) {
+    int32_t low = 0, high = num_workers + 1;
+    while (high - low > 1) {
+        const int32_t middle = low + (high - low) / 2;
+        const bool is_before =
+            bounds[middle].item < item || (bounds[middle].item == item && bounds[middle].used == 0);
+        if (is_before) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+/* Tokens [begin, end) of the item's visible range, as segment number `index`. */
+RADDLE_PLAN_FUNCTION void raddle_plan_write_segment(const raddle_attention_plan_params *p,
+                                                    const raddle_plan_item *item, int32_t begin,
+                                                    int32_t end, int32_t index, int32_t slot,
+                                                    int32_t merge) {
+    const raddle_attention_request request = p->requests[item->request];
+    raddle_attention_segment segment;
+    segment.request = item->request;
+    segment.head = item->head;
+    segment.row_begin = item->row_begin;
+    segment.row_end = item->row_end;
+    segment.kv_begin = item->kv_begin + begin;
+    segment.kv_end = item->kv_begin + end;
+    segment.slot = slot;
+    segment.merge = merge;
+    segment.qo_begin = request.qo_begin;
+    segment.qo_len = request.qo_len;
+    segment.kv_origin = request.kv_begin;
+    segment.kv_len = request.kv_len;
+    p->segments[index] = segment;
+}
+
+RADDLE_PLAN_FUNCTION void raddle_plan_write_merge(const raddle_attention_plan_params *p,
+                                                  const raddle_plan_item *item, int32_t index,
+                                                  int32_t slot_begin, int32_t slot_count) {
+    const raddle_attention_request request = p->requests[item->request];
+    raddle_attention_merge merge;
+    merge.request = item->request;
+    merge.head = item->head;
+    merge.row_begin = item->row_begin;
+    merge.row_end = item->row_end;
+    merge.slot_begin = slot_begin;
+    merge.slot_count = slot_count;
+    merge.num_arrivals = slot_count;
+    merge.qo_begin = request.qo_begin;
+    merge.qo_len = request.qo_len;
+    merge.kv_len = request.kv_len;
+    merge.reserved[0] = merge.reserved[1] = 0;
+    p->merges[index] = merge;
+}
+
+/* The piece that ends at boundary k, a cut. Segments before it: one per item before its own and
+ * one per cut before k; partials before it: one per cut, and one per cut item before its own. */
+RADDLE_PLAN_FUNCTION void raddle_plan_write_piece(const raddle_attention_plan_params *p,
+                                                  const raddle_plan_shape *shape,
+                                                  const raddle_plan_boundary *bounds,
+                                                  const int64_t *counts, int32_t k) {
+    const raddle_plan_boundary end = bounds[k], before = bounds[k - 1];
+    const raddle_plan_place at = raddle_plan_place_of(shape, end.item);
+    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const int32_t cuts = (int32_t)counts[k] - 1, merge = (int32_t)(counts[k] >> 32) - 1;
+    raddle_plan_write_segment(p, &item, before.item == end.item ? before.used : 0, end.used,
+                              end.item + cuts, cuts + merge, merge);
+}
+
+/* All of an item that is not cut; else its last piece, and its merge. */
+RADDLE_PLAN_FUNCTION void raddle_plan_write_item(const raddle_attention_plan_params *p,
+                                                 const raddle_plan_shape *shape,
+                                                 const raddle_plan_boundary *bounds,
+                                                 const int64_t *counts, int32_t index) {
+    const raddle_plan_place at = raddle_plan_place_of(shape, index);
+    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const int32_t tokens = item.kv_end - item.kv_begin;
+    const int64_t before = counts[raddle_plan_last_bound(bounds, p->num_workers, index)];
+    int32_t last = raddle_plan_last_bound(bounds, p->num_workers, index + 1);
+    const int32_t first_cuts = (int32_t)before, cuts = (int32_t)counts[last];
+    if (first_cuts == cuts) {
+        raddle_plan_write_segment(p, &item, 0, tokens, index + cuts, -1, -1);
+        return;
+    }
+    while (bounds[last].item > index) { /* boundaries at the item's end */
+        last--;
+    }
+    const int32_t merge = (int32_t)(before >> 32);
+    raddle_plan_write_segment(p, &item, bounds[last].used, tokens, index + cuts, cuts + merge,
+                              merge);
+    raddle_plan_write_merge(p, &item, merge, first_cuts + merge, cuts - first_cuts + 1);
+}
+
+RADDLE_PLAN_FUNCTION void raddle_plan_write_header(const raddle_attention_plan_params *p,
+                                                   int32_t workers, int32_t segments,
+                                                   int32_t merges, int32_t slots) {
+    raddle_attention_header header;
+    header.batch = p->batch;
+    header.num_workers = workers;
+    header.num_segments = segments;
+    header.num_merges = merges;
+    header.num_slots = slots;
+    header.num_qo_tokens = p->batch * p->qo_len;
+    header.fixed_chunk = 0;
+    header.reserved = 0;
+    *p->header = header;
+}
+
+RADDLE_PLAN_FUNCTION void raddle_plan_write(const raddle_attention_plan_params *p,
+                                            const raddle_plan_shape *shape,
+                                            const raddle_plan_boundary *bounds,
+                                            const raddle_plan_space *space, int32_t thread,
+                                            int32_t threads) {
+    const int64_t total = raddle_plan_count_cuts(p, bounds, space, thread, threads);
+    const int32_t cuts = (int32_t)total, merges = (int32_t)(total >> 32);
+    for (int32_t k = thread; k <= p->num_workers; k += threads) {
+        p->worker_indptr[k] = bounds[k].item + (int32_t)space->counts[k];
+        if (k > 0 && raddle_plan_is_cut(bounds, k)) {
+            raddle_plan_write_piece(p, shape, bounds, space->counts, k);
+        }
+        /* The worker before the first boundary at the end is the last that has something. */
+        if (k > 0 && bounds[k].item == shape->items && bounds[k - 1].item < shape->items) {
+            raddle_plan_write_header(p, k, shape->items + cuts, merges, cuts + merges);
+        }
+    }
+    for (int32_t i = thread; i < shape->items; i += threads) {
+        raddle_plan_write_item(p, shape, bounds, space->counts, i);
+    }
+}
+
+/* ------------------------------------------------------------------ the whole */
+
+/* Everything but the copy of the page table. */
+RADDLE_PLAN_FUNCTION void raddle_plan_batch(const raddle_attention_plan_params *p,
+                                            const raddle_plan_space *shared, int32_t thread,
+                                            int32_t threads) {
+    raddle_plan_space space = *shared;
+    if (p->prefix != 0) {
+        space.prefix = p->prefix;
+    }
+    const int32_t rows = p->qo_len * p->group_size;
+    raddle_plan_shape shape;
+    shape.groups = (p->num_kv_heads + p->heads_per_item - 1) / p->heads_per_item;
+    shape.tiles = (rows + p->tile_rows - 1) / p->tile_rows;
+    shape.kinds = p->batch * shape.tiles;
+    shape.items = shape.kinds * shape.groups;
+    const int64_t num_pages = raddle_plan_num_pages(p);
+    for (int32_t r = thread; r < p->batch; r += threads) {
+        raddle_plan_read_request(p, num_pages, r);
+    }
+    if (shape.items == 0) {
+        for (int32_t k = thread; k <= p->num_workers; k += threads) {
+            p->worker_indptr[k] = 0;
+        }
+        if (thread == 0) {
+            raddle_plan_write_header(p, 0, 0, 0, 0);
+        }
+        return;
+    }
+    RADDLE_PLAN_SYNC(); /* requests are written -> everybody reads them */
+    shape.cost = shape.groups *
+                 raddle_plan_sum_kinds(p, &shape, 0, space.partial, space.prefix, thread, threads);
+    shape.tokens = shape.cost - (int64_t)shape.items * p->segment_cost;
+    /* As the planner on the host: an idle worker is worth starting for half a segment's price. */
+    const int64_t least = p->segment_cost / 2 > p->tile_kv ? p->segment_cost / 2 : p->tile_kv;
+    const int64_t useful = shape.tokens / least > shape.items ? shape.tokens / least : shape.items;
+    shape.max_workers = (int32_t)raddle_plan_clamp(useful, 1, p->num_workers);
+    raddle_plan_fit_own(p, &shape, &space, thread, threads);
+    const raddle_plan_boundary *bounds = raddle_plan_choose(p, &shape, &space, thread, threads);
+    raddle_plan_write(p, &shape, bounds, &space, thread, threads);
+}
+
+#endif

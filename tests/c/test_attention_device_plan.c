@@ -1,0 +1,286 @@
+// needs: base/status.c base/alloc.c attention/attention_schedule.c
+/* test_attention_device_plan.c - the planner that runs on the GPU, by one thread here: every key of
+ * every row exactly once, shares as even as the host's, and lengths that lie. */
+#include "attention_schedule_check.h"
+
+#include "kernels/attention/attention_plan.h"
+
+/* A page table as the GPU sees it, without its ids, which another CTA copies; and the schedule. */
+typedef struct device_plan {
+    problem result;
+    int32_t indptr[MAX_BATCH + 1], lengths[MAX_BATCH];
+    raddle_attention_plan_params params;
+    void *space_memory;
+} device_plan;
+
+static device_plan *open_device_plan(const problem *like, int32_t qo_len) {
+    device_plan *plan = raddle_alloc_zero(sizeof *plan);
+    problem *result = &plan->result;
+    result->spec = like->spec;
+    result->config = like->config;
+    open_problem(result);
+    plan->space_memory =
+        raddle_alloc_zero((size_t)raddle_plan_space_bytes(like->config.num_workers, 1));
+    plan->params = (raddle_attention_plan_params){
+        .indptr = plan->indptr,
+        .lengths = plan->lengths,
+        .header = result->schedule.header,
+        .requests = result->schedule.requests,
+        .worker_indptr = result->schedule.worker_indptr,
+        .segments = result->schedule.segments,
+        .merges = result->schedule.merges,
+        .table_entries = like->spec.max_pages,
+        .qo_len = qo_len,
+        .page_size = like->spec.page_size,
+        .group_size = like->config.group_size,
+        .num_kv_heads = like->config.num_kv_heads,
+        .heads_per_item = like->config.heads_per_item,
+        .tile_rows = like->config.tile_rows,
+        .tile_kv = like->config.tile_kv,
+        .num_workers = like->config.num_workers,
+        .segment_cost = like->config.segment_cost,
+        .causal = like->config.causal,
+        .window_left = like->spec.window_left,
+    };
+    return plan;
+}
+
+static void close_device_plan(device_plan *plan) {
+    close_problem(&plan->result);
+    raddle_free(plan->space_memory);
+    raddle_free(plan->params.prefix);
+    raddle_free(plan);
+}
+
+static void build_on_device(device_plan *plan, int32_t batch) {
+    const int32_t workers = plan->params.num_workers;
+    raddle_plan_space space;
+    plan->params.batch = batch;
+    plan->result.batch = batch;
+    const int64_t kinds = (int64_t)batch * plan->params.qo_len * plan->params.group_size;
+    raddle_free(plan->params.prefix);
+    plan->params.prefix =
+        kinds > RADDLE_PLAN_SHARED_KINDS ? raddle_alloc((size_t)(kinds + 1) * 8) : NULL;
+    raddle_plan_carve(plan->space_memory, workers, 1, &space);
+    raddle_plan_batch(&plan->params, &space, 0, 1);
+}
+
+/* The batch of a problem, as a page table of pages that follow each other. */
+static void lay_out(const problem *p, device_plan *plan) {
+    const int32_t page_size = p->spec.page_size;
+    for (int32_t r = 0; r < p->batch; r++) {
+        const int32_t kv_len = p->schedule.requests[r].kv_len;
+        const int32_t pages = (kv_len + page_size - 1) / page_size;
+        plan->indptr[r + 1] = plan->indptr[r] + pages;
+        plan->lengths[r] = pages == 0 ? 0 : kv_len - (pages - 1) * page_size;
+    }
+}
+
+/* Cost of the largest share. */
+static int64_t makespan(const problem *p) {
+    const raddle_attention_schedule *s = &p->schedule;
+    int64_t most = 0;
+    for (int32_t w = 0; w < p->config.num_workers; w++) {
+        int64_t share = 0;
+        for (int32_t i = s->worker_indptr[w]; i < s->worker_indptr[w + 1]; i++) {
+            share += s->segments[i].kv_end - s->segments[i].kv_begin + p->config.segment_cost;
+        }
+        most = share > most ? share : most;
+    }
+    return most;
+}
+
+/* Plans the problem on both sides; returns how much longer the device's largest share is. */
+static double compare(problem *p, int32_t qo_len) {
+    device_plan *plan = open_device_plan(p, qo_len);
+    CHECK_OK(
+        raddle_attention_schedule_build(&p->spec, &p->config, &p->limits, p->batch, &p->schedule));
+    check_coverage(p);
+    lay_out(p, plan);
+    build_on_device(plan, p->batch);
+    for (int32_t r = 0; r < p->batch; r++) {
+        CHECK_INT(plan->result.schedule.requests[r].kv_len, p->schedule.requests[r].kv_len);
+        CHECK_INT(plan->result.schedule.requests[r].qo_begin, p->schedule.requests[r].qo_begin);
+        CHECK_INT(plan->result.schedule.requests[r].kv_begin, plan->indptr[r]);
+    }
+    CHECK_INT(plan->result.header.num_qo_tokens, p->header.num_qo_tokens);
+    CHECK_INT(plan->result.header.batch, p->batch);
+    check_coverage(&plan->result);
+    const int64_t host = makespan(p), device = makespan(&plan->result);
+    close_device_plan(plan);
+    return host == 0 ? 1.0 : (double)device / (double)host;
+}
+
+static void test_random_batches(void) {
+    for (int round = 0; round < 400; round++) {
+        problem p;
+        const int32_t group_size = 1 + random_below(8), kv_heads = 1 + random_below(9);
+        start(&p, 1 + random_below(140), group_size, kv_heads, 1 + random_below(kv_heads),
+              8 << random_below(4), 16 << random_below(3), random_below(100));
+        p.config.causal = random_below(2);
+        p.spec.window_left = random_below(3) == 0 ? random_below(200) : -1;
+        p.spec.page_size = 1 << random_below(6);
+        open_problem(&p);
+        const int32_t batch = random_below(40), qo_len = random_below(3) ? 1 : random_below(50);
+        for (int32_t i = 0; i < batch; i++) {
+            add(&p, qo_len, random_below(4) == 0 ? 0 : random_below(3000));
+        }
+        compare(&p, qo_len);
+        close_problem(&p);
+    }
+}
+
+/* H100: 8 heads of 128, tiles of 16. */
+static void start_decode(problem *p, int32_t workers, int32_t kv_heads, int32_t heads_per_item) {
+    start(p, workers, 4, kv_heads, heads_per_item, 4, 16, 160 / heads_per_item);
+    p->spec.max_qo_len = 1;
+    p->spec.max_qo_tokens = MAX_BATCH;
+    open_problem(p);
+}
+
+static int32_t length_of_kind(int kind, int32_t i, int32_t mean) {
+    switch (kind) {
+    case 0: /* equal */
+        return mean;
+    case 1: /* about equal */
+        return mean - mean / 16 + random_below(mean / 8);
+    case 2: /* anything */
+        return 1 + random_below(2 * mean);
+    case 3: /* one is long */
+        return i == 0 ? 16 * mean : mean / 8;
+    default: /* Zipf */
+        return 8 * mean / (i + 1) + 1;
+    }
+}
+
+static void test_shares_are_as_even_as_the_hosts(void) {
+    static const int32_t batches[] = {1, 2, 3, 4, 8, 16, 37, 64, 256}, means[] = {256, 1024, 4096};
+    static const int32_t workers[] = {132, 264}, heads[] = {1, 2, 8, 32};
+    double sum = 0.0, worst = 0.0;
+    int count = 0;
+    for (int w = 0; w < 2; w++) {
+        for (int h = 0; h < 4; h++) {
+            for (int b = 0; b < 9; b++) {
+                for (int m = 0; m < 3; m++) {
+                    for (int kind = 0; kind < 5; kind++) {
+                        problem p;
+                        start_decode(&p, workers[w], heads[h], heads[h] >= 8 ? 1 + (m & 1) : 1);
+                        for (int32_t i = 0; i < batches[b]; i++) {
+                            add(&p, 1, length_of_kind(kind, i, means[m]));
+                        }
+                        const double ratio = compare(&p, 1);
+                        if (!CHECK(ratio <= 1.15)) {
+                            printf("    %d workers, %d heads, batch %d, mean %d, kind %d: %.3f\n",
+                                   (int)workers[w], (int)heads[h], (int)batches[b], (int)means[m],
+                                   kind, ratio);
+                        }
+                        worst = ratio > worst ? ratio : worst;
+                        sum += ratio;
+                        count++;
+                        close_problem(&p);
+                    }
+                }
+            }
+        }
+    }
+    printf("largest share over the host's: mean %.4f, worst %.3f of %d\n", sum / count, worst,
+           count);
+    CHECK(sum / count <= 1.01);
+}
+
+static void test_many_kinds(void) {
+    /* More than fit in shared memory, long rows of tiles. */
+    problem p;
+    start(&p, 132, 4, 2, 1, 16, 64, 64);
+    p.config.causal = 1;
+    open_problem(&p);
+    for (int i = 0; i < 9; i++) {
+        add(&p, 1500, 1500 + 100 * i);
+    }
+    CHECK(compare(&p, 1500) <= 1.05);
+    close_problem(&p);
+}
+
+static void test_block_table(void) {
+    problem p;
+    start(&p, 132, 4, 8, 1, 4, 16, 100);
+    p.spec.page_size = 16;
+    open_problem(&p);
+    device_plan *plan = open_device_plan(&p, 1);
+    plan->params.indptr = NULL;
+    plan->params.table_width = 10;
+    plan->params.table_entries = 50;
+    const int32_t lengths[5] = {100, -3, 160, 1000000, 0};
+    const int32_t seen[5] = {100, 0, 160, 160, 0};
+    memcpy(plan->lengths, lengths, sizeof lengths);
+    build_on_device(plan, 5);
+    for (int i = 0; i < 5; i++) {
+        CHECK_INT(plan->result.schedule.requests[i].kv_len, seen[i]);
+        CHECK_INT(plan->result.schedule.requests[i].kv_begin, 10 * i);
+    }
+    check_coverage(&plan->result);
+    close_device_plan(plan);
+    close_problem(&p);
+}
+
+/* Whatever the GPU finds, requests stay inside the table. */
+static void test_lengths_that_lie(void) {
+    for (int round = 0; round < 500; round++) {
+        problem p;
+        start(&p, 1 + random_below(140), 2, 3, 1, 8, 16, random_below(100));
+        p.spec.page_size = 1 + random_below(70);
+        p.spec.window_left = random_below(3) == 0 ? random_below(200) : -1;
+        open_problem(&p);
+        device_plan *plan = open_device_plan(&p, 1 + random_below(5));
+        const int32_t batch = random_below(20), entries = random_below(300);
+        plan->params.table_entries = entries;
+        for (int32_t i = 0; i <= batch; i++) {
+            plan->indptr[i] = random_below(3) ? random_below(400)
+                                              : (int32_t)((uint32_t)random_below(INT32_MAX) * 2u);
+            plan->lengths[i] = random_below(3) ? random_below(100)
+                                               : (int32_t)((uint32_t)random_below(INT32_MAX) * 2u);
+        }
+        build_on_device(plan, batch);
+        for (int32_t i = 0; i < batch; i++) {
+            const raddle_attention_request *request = &plan->result.schedule.requests[i];
+            const int64_t pages =
+                ((int64_t)request->kv_len + p.spec.page_size - 1) / p.spec.page_size;
+            CHECK(request->kv_begin >= 0 && request->kv_len >= 0);
+            CHECK(request->kv_begin + pages <= entries);
+        }
+        check_coverage(&plan->result);
+        close_device_plan(plan);
+        close_problem(&p);
+    }
+}
+
+static void test_the_same_twice(void) {
+    problem p;
+    start_decode(&p, 132, 8, 1);
+    for (int32_t i = 0; i < 20; i++) {
+        add(&p, 1, 1 + random_below(9000));
+    }
+    device_plan *plans[2] = {open_device_plan(&p, 1), open_device_plan(&p, 1)};
+    for (int i = 0; i < 2; i++) {
+        lay_out(&p, plans[i]);
+        build_on_device(plans[i], p.batch);
+    }
+    const problem *a = &plans[0]->result, *b = &plans[1]->result;
+    CHECK(memcmp(&a->header, &b->header, sizeof a->header) == 0);
+    CHECK(memcmp(a->schedule.segments, b->schedule.segments,
+                 (size_t)a->header.num_segments * sizeof(raddle_attention_segment)) == 0);
+    close_device_plan(plans[0]);
+    close_device_plan(plans[1]);
+    close_problem(&p);
+}
+
+int main(void) {
+    test_random_batches();
+    test_shares_are_as_even_as_the_hosts();
+    test_many_kinds();
+    test_block_table();
+    test_lengths_that_lie();
+    test_the_same_twice();
+    CHECK_INT(raddle_alloc_live(), 0);
+    return check_report();
+}
