@@ -101,6 +101,10 @@ raddle_status raddle_cuda_device_get(int index, const raddle_cuda_device **out_d
     return status;
 }
 
+const raddle_cuda_device *raddle_cuda_device_peek(int index) {
+    return atomic_load_explicit(&published[index], memory_order_acquire);
+}
+
 raddle_status raddle_cuda_push(const raddle_cuda_device *device, bool *out_pushed) {
     CUcontext current = NULL;
     RADDLE_TRY(raddle_cuda_check_fork());

@@ -22,6 +22,8 @@ typedef struct raddle_cuda_device {
 
 raddle_status raddle_cuda_device_count(int *out_count);
 raddle_status raddle_cuda_device_get(int index, const raddle_cuda_device **out_device);
+/* The device if it has been opened, else NULL. Opens nothing. */
+const raddle_cuda_device *raddle_cuda_device_peek(int index);
 /* Makes the device's context current on this thread until the matching pop; *out_pushed says
  * whether it had to. */
 raddle_status raddle_cuda_push(const raddle_cuda_device *device, bool *out_pushed);

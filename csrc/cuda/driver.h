@@ -62,6 +62,7 @@ typedef struct raddle_cu_launch_config {
     X(ctx_push, "cuCtxPushCurrent_v2", (CUcontext context))                                        \
     X(ctx_pop, "cuCtxPopCurrent_v2", (CUcontext * context))                                        \
     X(ctx_get_current, "cuCtxGetCurrent", (CUcontext * context))                                   \
+    X(ctx_synchronize, "cuCtxSynchronize", (void))                                                 \
     X(module_load_data, "cuModuleLoadData", (CUmodule * module, const void *image))                \
     X(module_unload, "cuModuleUnload", (CUmodule module))                                          \
     X(module_get_function, "cuModuleGetFunction",                                                  \

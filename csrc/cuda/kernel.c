@@ -13,6 +13,7 @@
 
 #include "base/alloc.h"
 #include "base/hash.h"
+#include "cuda/count.h"
 #include "cuda/image.h"
 #include "cuda/notice.h"
 #include "cuda/nvrtc.h"
@@ -210,6 +211,7 @@ static raddle_status add_entry(const raddle_cuda_device *device, const char *nam
     }
     entry->device = device->index;
     entry->key = key;
+    entry->kernel.counter = raddle_count_index(name);
     raddle_status status = load_kernel(device, name, image, entry);
     if (status != RADDLE_OK) {
         raddle_free(entry);
@@ -273,6 +275,9 @@ raddle_status raddle_kernel_get(const raddle_cuda_device *device, const char *na
     const raddle_kernel *kernel = NULL;
     const raddle_image *image = NULL;
     bool pushed = false;
+    if (raddle_count_is_on() && strcmp(name, RADDLE_COUNT_KERNEL) != 0) {
+        RADDLE_TRY(raddle_count_prepare(device));
+    }
     RADDLE_TRY(raddle_cuda_push(device, &pushed));
     raddle_status status = lock_and_find(device, name, key, shared_bytes, NULL, &kernel);
     if (status == RADDLE_OK && kernel == NULL) {
@@ -324,7 +329,8 @@ raddle_status raddle_kernel_launch(const raddle_cuda_device *device, const raddl
     };
     /* The driver copies the struct and takes it as not const. */
     void *arguments[1] = {(void *)(uintptr_t)params};
-    return raddle_cuda_check(
+    RADDLE_TRY(raddle_cuda_check(
         device->driver->launch_kernel_ex(&config, kernel->function, arguments, NULL),
-        "launching a kernel");
+        "launching a kernel"));
+    return raddle_count_is_on() ? raddle_count_launch(device, kernel, stream) : RADDLE_OK;
 }

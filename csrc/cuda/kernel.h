@@ -17,6 +17,7 @@ typedef struct raddle_kernel {
     CUfunction function;
     int registers, local_bytes, static_shared_bytes;
     int max_threads;
+    int counter; /* of its launches (count.h); -1: they are not counted */
 } raddle_kernel;
 
 typedef struct raddle_launch {
@@ -33,7 +34,8 @@ typedef struct raddle_launch {
 raddle_status raddle_kernel_get(const raddle_cuda_device *device, const char *name,
                                 const char *config, unsigned shared_bytes,
                                 const raddle_kernel **out_kernel);
-/* params: the one struct argument of the kernel. The device's context must be current. */
+/* params: the one argument of the kernel, most often a struct. The device's context must be
+ * current. While launches are counted (count.h), another launch follows in stream. */
 raddle_status raddle_kernel_launch(const raddle_cuda_device *device, const raddle_kernel *kernel,
                                    const raddle_launch *launch, const void *params,
                                    raddle_stream stream);

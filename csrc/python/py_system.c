@@ -12,7 +12,7 @@
 #include "ops/ops.h"
 #include "runtime/system.h"
 
-enum { CONFIG_BYTES = 1024, NOTICE_BYTES = 512 };
+enum { CONFIG_BYTES = 1024, NOTICE_BYTES = 512, KERNEL_NAME_BYTES = 64 };
 
 /* ------------------------------------------------------------------ facts */
 
@@ -147,15 +147,16 @@ static raddle_status get_ops_config(int index, const char **out_name, char *out_
     return raddle_ops_kernel_config(index, out_name, out_config, config_bytes);
 }
 
+static const char *const measure_kernels[] = {"measure/measure_read", "measure/measure_count"};
+
 static int count_measure_configs(void) {
-    return 1;
+    return (int)(sizeof measure_kernels / sizeof *measure_kernels);
 }
 
 static raddle_status get_measure_config(int index, const char **out_name, char *out_config,
                                         size_t config_bytes, bool *out_hopper_only) {
-    (void)index;
     (void)config_bytes;
-    *out_name = "measure/measure_read";
+    *out_name = measure_kernels[index];
     out_config[0] = '\0';
     *out_hopper_only = false;
     return RADDLE_OK;
@@ -341,6 +342,56 @@ static PyObject *clear_cache(PyObject *module, PyObject *unused) {
     return status == RADDLE_OK ? PyLong_FromLongLong(num_removed) : raddle_raise(status);
 }
 
+/* ------------------------------------------------------------------ counters */
+
+static PyObject *count_launches(PyObject *module, PyObject *argument) {
+    (void)module;
+    raddle_status status;
+    const int on = PyObject_IsTrue(argument);
+    if (on < 0) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    status = raddle_system_count_launches(on != 0);
+    Py_END_ALLOW_THREADS;
+    return status == RADDLE_OK ? Py_NewRef(Py_None) : raddle_raise(status);
+}
+
+/* Kernels that were launched. */
+static PyObject *counters_dict(const uint64_t *launches, int num_counters) {
+    char name[KERNEL_NAME_BYTES];
+    PyObject *dict = PyDict_New();
+    for (int i = 0; dict != NULL && i < num_counters; i++) {
+        if (launches[i] == 0) {
+            continue;
+        }
+        raddle_system_counter_name(i, name, sizeof name);
+        PyObject *count = PyLong_FromUnsignedLongLong(launches[i]);
+        if (count == NULL || PyDict_SetItemString(dict, name, count) < 0) {
+            Py_CLEAR(dict);
+        }
+        Py_XDECREF(count);
+    }
+    return dict;
+}
+
+static PyObject *launch_counts(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    const int num_counters = raddle_system_num_counters();
+    uint64_t *launches = PyMem_Calloc((size_t)num_counters, sizeof *launches);
+    raddle_status status;
+    if (launches == NULL) {
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    status = raddle_system_read_counters(launches);
+    Py_END_ALLOW_THREADS;
+    PyObject *result =
+        status == RADDLE_OK ? counters_dict(launches, num_counters) : raddle_raise(status);
+    PyMem_Free(launches);
+    return result;
+}
+
 /* ------------------------------------------------------------------ module */
 
 static PyMethodDef functions[] = {
@@ -367,6 +418,10 @@ static PyMethodDef functions[] = {
     {"cache_measure", measure_cache, METH_NOARGS, "cache_measure()\n--\n\nFiles and bytes."},
     {"cache_verify", verify_cache, METH_O, "cache_verify(remove_damaged, /)\n--\n\nReads all."},
     {"cache_clear", clear_cache, METH_NOARGS, "cache_clear()\n--\n\nNumber of files removed."},
+    {"count_launches", count_launches, METH_O,
+     "count_launches(on, /)\n--\n\nOn: count launches of kernels on the GPUs, from 0."},
+    {"launch_counts", launch_counts, METH_NOARGS,
+     "launch_counts()\n--\n\nKernel name -> launches; waits for the GPUs."},
     {NULL, NULL, 0, NULL},
 };
 

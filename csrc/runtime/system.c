@@ -9,6 +9,7 @@
 #include "cuda/blas.h"
 #include "cuda/bundle.h"
 #include "cuda/cache.h"
+#include "cuda/count.h"
 #include "cuda/environment.h"
 #include "cuda/kernel.h"
 #include "cuda/library.h"
@@ -100,6 +101,28 @@ bool raddle_system_get_notice(int i, char *text, size_t text_bytes) {
     }
     snprintf(text, text_bytes, "%s", notice);
     return true;
+}
+
+/* ---------------------------------------------------------------- counters */
+
+raddle_status raddle_system_count_launches(bool on) {
+    if (on) {
+        return raddle_count_start();
+    }
+    raddle_count_stop();
+    return RADDLE_OK;
+}
+
+int raddle_system_num_counters(void) {
+    return raddle_count_num_kernels();
+}
+
+raddle_status raddle_system_read_counters(uint64_t *launches) {
+    return raddle_count_read(launches);
+}
+
+void raddle_system_counter_name(int i, char *name, size_t name_bytes) {
+    raddle_count_name(i, name, name_bytes);
 }
 
 /* ---------------------------------------------------------------- kernels */

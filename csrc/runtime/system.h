@@ -60,6 +60,13 @@ void raddle_system_add_library_root(const char *folder);
 /* Number i of the notices of this process, copied; false when there are fewer. */
 bool raddle_system_get_notice(int i, char *text, size_t text_bytes);
 
+/* Launches of raddle's kernels, counted on the GPUs (cuda/count.h). on: from 0, from now on. */
+raddle_status raddle_system_count_launches(bool on);
+int raddle_system_num_counters(void);
+/* launches[i]: of the kernel of counter i on all GPUs, which it waits for. */
+raddle_status raddle_system_read_counters(uint64_t *launches);
+void raddle_system_counter_name(int i, char *name, size_t name_bytes);
+
 /* Compiles anew, whatever the caches hold. Image and log are the caller's to raddle_free. */
 raddle_status raddle_system_compile(const raddle_kernel_request *request, void **out_image,
                                     size_t *out_bytes, char **out_log);

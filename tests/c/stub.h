@@ -42,7 +42,8 @@ typedef struct stub_cuda_state { /* tests/stub_driver.py has its beginning, too 
     _Atomic int calls; /* of anything */
     int num_allocs, live_allocs, live_host_allocs, live_events, live_streams, live_graphs,
         live_execs, live_modules, num_modules_loaded;
-    int num_launches, num_graph_launches, num_syncs, num_event_syncs, num_stream_waits;
+    int num_launches, num_graph_launches, num_syncs, num_event_syncs, num_stream_waits,
+        num_context_syncs;
     int num_invalidated; /* captures that a forbidden call broke */
     int context_depth;   /* pushes without pop, all threads */
     stub_launch launch;  /* the last one */

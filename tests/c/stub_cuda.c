@@ -4,14 +4,14 @@
  * them, in the order of the calls: run at once, or (is_lazy) when somebody waits for an event or a
  * stream. A capture takes the work of its stream instead. What a capture forbids breaks it, as the
  * driver does: allocating, freeing, loading or waiting from the capturing thread in any mode but
- * relaxed, and waiting for a captured stream.
+ * relaxed, and waiting for a captured stream or its context. Of kernels only measure_count does
+ * anything: it adds one.
  */
 #include "stub.h"
+#include "stub_work.h"
 
 #include <pthread.h>
 #include <unistd.h>
-
-#include "cuda/driver.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -29,51 +29,6 @@ enum {
     ERROR_CAPTURE_UNJOINED = 905,
     MODE_RELAXED = 2,
     MAX_DEPTH = 16,
-};
-
-typedef enum work_kind { WORK_COPY, WORK_FILL, WORK_EVENT, WORK_LAUNCH } work_kind;
-
-typedef struct work {
-    struct work *next;
-    work_kind kind;
-    void *dst;
-    const void *src;
-    size_t bytes;
-    unsigned char value;
-    CUevent event;
-    uint64_t mark; /* of the event's record */
-    int device;
-    CUresult result; /* not SUCCESS: fails when it runs */
-} work;
-
-typedef struct work_list {
-    work *first, *last;
-    size_t count;
-} work_list;
-
-struct CUctx_st {
-    int device;
-};
-struct CUstream_st {
-    bool is_capturing, is_broken;
-    work_list captured;
-};
-struct CUevent_st {
-    uint64_t recorded, done;
-    CUstream captured_on;
-};
-struct CUmod_st {
-    int refs;
-};
-struct CUfunc_st {
-    char name[64];
-    struct CUfunc_st *next;
-};
-struct CUgraph_st {
-    work_list nodes;
-};
-struct CUgraphExec_st {
-    work_list nodes;
 };
 
 static stub_cuda_state state = {
@@ -151,28 +106,6 @@ static bool is_forbidden(void) {
 
 /* ---------------------------------------------------------------- work */
 
-static void append(work_list *list, work item) {
-    work *copy = malloc(sizeof *copy);
-    *copy = item;
-    copy->next = NULL;
-    if (list->last != NULL) {
-        list->last->next = copy;
-    } else {
-        list->first = copy;
-    }
-    list->last = copy;
-    list->count++;
-}
-
-static void clear(work_list *list) {
-    while (list->first != NULL) {
-        work *next = list->first->next;
-        free(list->first);
-        list->first = next;
-    }
-    *list = (work_list){0};
-}
-
 static void perform(const work *item) {
     if (item->result != SUCCESS) {
         state.lost[item->device] = item->result;
@@ -191,6 +124,9 @@ static void perform(const work *item) {
         item->event->done = item->mark;
         break;
     case WORK_LAUNCH:
+        if (item->dst != NULL) {
+            ++*(uint64_t *)item->dst;
+        }
         break;
     }
 }
@@ -358,6 +294,18 @@ EXPORT CUresult cuCtxGetCurrent(CUcontext *context) {
     return SUCCESS;
 }
 
+EXPORT CUresult cuCtxSynchronize(void) {
+    ENTER_WITH_CONTEXT();
+    if (capturing_stream != NULL) { /* whatever the mode */
+        capturing_stream->is_broken = true;
+        state.num_invalidated++;
+        return ERROR_CAPTURE_UNSUPPORTED;
+    }
+    state.num_context_syncs++;
+    drain();
+    return lost();
+}
+
 /* ---------------------------------------------------------------- code */
 
 EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
@@ -442,10 +390,17 @@ EXPORT CUresult cuLaunchKernelEx(const raddle_cu_launch_config *config, CUfuncti
         }
     }
     memcpy(launch.function, function->name, sizeof launch.function);
-    memcpy(launch.params, params[0], sizeof launch.params);
+    work item = {.kind = WORK_LAUNCH};
+    const bool is_counter = strcmp(function->name, "measure_count") == 0;
+    memcpy(launch.params, params[0], is_counter ? sizeof item.dst : sizeof launch.params);
+    if (is_counter) {
+        memcpy(&item.dst, launch.params, sizeof item.dst);
+    }
+    pthread_mutex_lock(&mutex);
     state.launch = launch;
     state.num_launches++;
-    return submit(config->stream, (work){.kind = WORK_LAUNCH});
+    pthread_mutex_unlock(&mutex);
+    return submit(config->stream, item);
 }
 
 /* ---------------------------------------------------------------- memory */

@@ -1,4 +1,4 @@
-// needs: base/*.c cuda/driver.c cuda/device.c cuda/environment.c cuda/library.c cuda/notice.c cuda/nvrtc.c cuda/cache.c cuda/image.c cuda/kernel.c cuda/bundle.c runtime/backend.c runtime/backend_cuda.c attention/attention_check.c attention/attention_cache.c
+// needs: base/*.c cuda/driver.c cuda/device.c cuda/environment.c cuda/library.c cuda/notice.c cuda/nvrtc.c cuda/cache.c cuda/image.c cuda/kernel.c cuda/count.c cuda/bundle.c runtime/backend.c runtime/backend_cuda.c attention/attention_check.c attention/attention_cache.c
 // shared: libcuda.so.1=stub_cuda.c libnvrtc.so.13=stub_nvrtc.c
 /* test_attention_check.c - RADDLE_CHECK: what a kernel reported reaches the next call, once. The
  * stub runs no kernel, and its device memory is the host's: the test writes what kernels would. */

@@ -1,4 +1,4 @@
-// needs: base/*.c cuda/driver.c cuda/device.c cuda/environment.c cuda/library.c cuda/notice.c cuda/nvrtc.c cuda/cache.c cuda/image.c cuda/kernel.c cuda/bundle.c
+// needs: base/*.c cuda/driver.c cuda/device.c cuda/environment.c cuda/library.c cuda/notice.c cuda/nvrtc.c cuda/cache.c cuda/image.c cuda/kernel.c cuda/count.c cuda/bundle.c
 // sanitizers: address thread
 // shared: libcuda.so.1=stub_cuda.c libnvrtc.so.13=stub_nvrtc.c
 /* test_kernel.c - from a name and a config to a launch: what NVRTC is given, what is kept where, what
