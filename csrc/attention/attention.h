@@ -120,7 +120,7 @@ typedef struct raddle_attention_run_params {
     raddle_variant_block variant;
 } raddle_attention_run_params;
 
-/* One back end. Both are complete. */
+/* One back end. Both are complete; what a GPU plans itself is attention_device_plan.c's. */
 typedef struct raddle_attention_ops {
     /* Chooses tile_rows, tile_kv, heads_per_item, num_workers and segment_cost; compiles what run()
      * will launch. RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
@@ -132,6 +132,19 @@ typedef struct raddle_attention_ops {
 
 extern const raddle_attention_ops raddle_attention_ops_cpu;
 extern const raddle_attention_ops raddle_attention_ops_cuda;
+
+struct raddle_kernel;
+
+/* What a plan that is planned on the device needs besides: attention_device_plan.c. */
+typedef struct raddle_attention_device_plan {
+    const struct raddle_kernel *kernel; /* NULL before the first time */
+    int64_t *prefix;                    /* device memory, or NULL when shared memory is enough */
+    raddle_attention_header header;     /* plan.host.header: batch and num_qo_tokens alone */
+    bool is_last;                       /* the last update was of this kind */
+    bool was_captured;                  /* and captured: the device has it after a replay */
+    /* Of the last such update no run was launched yet; and of the last captured one, captured. */
+    bool is_fresh[2];
+} raddle_attention_device_plan;
 
 struct raddle_attention_plan {
     raddle_plan base;
@@ -149,7 +162,8 @@ struct raddle_attention_plan {
     raddle_attention_variant *variant; /* or NULL */
     float *rope_turns;                 /* device memory of the plan: params.rope_turns */
     int32_t *arrivals;                 /* device memory of the plan, zeroed once */
-    void *backend_state;               /* kernels on CUDA, scratch on the CPU */
+    raddle_attention_device_plan device_plan;
+    void *backend_state; /* kernels on CUDA, scratch on the CPU */
 };
 
 /* ---------------------------------------------------------------- what others call
@@ -240,11 +254,28 @@ typedef struct raddle_attention_reading {
     int64_t max_page_id; /* of a page table read on the host; -1: none */
 } raddle_attention_reading;
 
+/* Whether the tensors belong together, as far as shapes tell. */
+raddle_status raddle_attention_batch_check(const raddle_attention_plan *plan,
+                                           const raddle_attention_batch *batch, int32_t *out_batch);
 /* Fills requests [batch] and pages [num_pages]; nothing is sent. */
 raddle_status raddle_attention_batch_read(const raddle_attention_plan *plan,
                                           const raddle_attention_batch *batch, raddle_stream stream,
                                           raddle_attention_request *requests, int32_t *pages,
                                           raddle_attention_reading *out_reading);
+
+/* attention_device_plan.c: plans by a kernel, on CUDA. */
+raddle_status raddle_attention_device_plan_update(raddle_attention_plan *plan,
+                                                  const raddle_attention_batch *batch,
+                                                  raddle_stream stream);
+void raddle_attention_device_plan_fini(raddle_attention_plan *plan);
+/* Whether a run may be queued on stream. *out_fresh: when set, the launch must not start before
+ * its predecessor has ended, and clears it; or NULL. */
+raddle_status raddle_attention_device_plan_before_run(raddle_attention_plan *plan,
+                                                      raddle_stream stream, bool **out_fresh);
+/* What the device has, in memory to raddle_free. Waits. */
+raddle_status raddle_attention_device_plan_read(const raddle_attention_plan *plan,
+                                                raddle_attention_schedule *out_schedule,
+                                                void **out_memory);
 
 /* attention_check.c: RADDLE_CHECK. report fails with RADDLE_ERR_VALUE if an earlier run met a page id
  * outside its cache, or an earlier append on its GPU an index that led nowhere; once for each time.

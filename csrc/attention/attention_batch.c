@@ -187,8 +187,9 @@ static raddle_status copy_pages(const raddle_tensor *table, int64_t first, int64
 
 /* ------------------------------------------------------------------ the batch as a whole */
 
-static raddle_status check_batch(const raddle_attention_plan *plan,
-                                 const raddle_attention_batch *batch, int32_t *out_batch) {
+raddle_status raddle_attention_batch_check(const raddle_attention_plan *plan,
+                                           const raddle_attention_batch *batch,
+                                           int32_t *out_batch) {
     const bool paged = plan->spec.page_size > 0, table = batch->block_table != NULL;
     RADDLE_REQUIRE((batch->qo_indptr == NULL) == (plan->spec.max_qo_len == 1), RADDLE_ERR_VALUE,
                    "qo_indptr: a decode plan (max_qo_len 1) takes none, every other plan needs it");
@@ -315,7 +316,7 @@ raddle_status raddle_attention_batch_read(const raddle_attention_plan *plan,
                                           raddle_attention_request *requests, int32_t *pages,
                                           raddle_attention_reading *out_reading) {
     raddle_attention_reading reading = {.max_page_id = -1};
-    RADDLE_TRY(check_batch(plan, batch, &reading.batch));
+    RADDLE_TRY(raddle_attention_batch_check(plan, batch, &reading.batch));
     index_view views[NUM_INDEX] = {0};
     raddle_status status = open_views(plan, batch, stream, views, &reading);
     if (status == RADDLE_OK) {

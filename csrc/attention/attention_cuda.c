@@ -121,11 +121,19 @@ static raddle_status cuda_prepare(raddle_attention_plan *plan) {
 static raddle_status cuda_run(raddle_attention_plan *plan,
                               const raddle_attention_run_params *params, raddle_stream stream) {
     const cuda_plan_state *state = plan->backend_state;
-    bool pushed;
+    raddle_launch launch = state->launch;
+    bool pushed, *fresh;
+    RADDLE_TRY(raddle_attention_device_plan_before_run(plan, stream, &fresh));
+    if (fresh != NULL && *fresh) {
+        launch.programmatic_launch = false; /* kernels read the schedule before they wait */
+    }
     RADDLE_TRY(raddle_cuda_push(state->device, &pushed));
     const raddle_status status =
-        raddle_kernel_launch(state->device, state->kernel, &state->launch, params, stream);
+        raddle_kernel_launch(state->device, state->kernel, &launch, params, stream);
     raddle_cuda_pop(state->device, pushed);
+    if (fresh != NULL && status == RADDLE_OK) {
+        *fresh = false;
+    }
     return status;
 }
 
@@ -196,6 +204,7 @@ typedef struct plain_config {
 
 static const plain_config plain_configs[] = {
     {"attention/attention_append", ""},
+    {"attention/attention_plan", ""},
     {"attention/attention_seq_lens", ""},
     {"attention/attention_positions", ""},
     {"attention/attention_merge", "#define RADDLE_TYPE bf16\n#define RADDLE_VECTOR 8\n"},

@@ -69,6 +69,7 @@ static void fini_plan(raddle_plan *base) {
         plan->ops->release(plan);
     }
     raddle_staging_fini(&plan->staging);
+    raddle_attention_device_plan_fini(plan);
     raddle_attention_check_fini(plan);
     base->backend->free(base->device.index, plan->arrivals);
     base->backend->free(base->device.index, plan->rope_turns);
@@ -137,6 +138,10 @@ static raddle_status build_plan(raddle_attention_plan *plan) {
         raddle_staging_init(&plan->staging, plan->base.device, view_block(plan, NULL).bytes));
     RADDLE_TRY(backend->alloc(device, arrivals_bytes, (void **)&plan->arrivals));
     RADDLE_TRY(backend->fill(device, plan->arrivals, 0, arrivals_bytes, NULL));
+    if (plan->base.device.type == RADDLE_CUDA) {
+        /* No segments, should a run come before what a captured update plans. */
+        RADDLE_TRY(backend->fill(device, plan->staging.data, 0, plan->staging.bytes, NULL));
+    }
     RADDLE_TRY(backend->synchronize(device, NULL));
     if (plan->config.has_rope) {
         RADDLE_TRY(make_rope_turns(plan));
@@ -186,10 +191,13 @@ static raddle_status send_slot(raddle_attention_plan *plan, const raddle_attenti
 static raddle_status update_plan(raddle_attention_plan *plan, const raddle_attention_batch *batch,
                                  raddle_stream stream) {
     bool capturing = false;
+    if (batch->on_device && plan->base.device.type == RADDLE_CUDA) {
+        return raddle_attention_device_plan_update(plan, batch, stream);
+    }
     RADDLE_TRY(plan->base.backend->is_capturing(plan->base.device.index, stream, &capturing));
     RADDLE_REQUIRE(!capturing, RADDLE_ERR_STATE,
                    "plan: the stream is being captured; plan before capture, and again between "
-                   "replays");
+                   "replays, or from lengths on the GPU with on_device=True");
     RADDLE_TRY(raddle_attention_check_report(plan, stream));
     RADDLE_TRY(raddle_plan_ensure_workspace(&plan->base));
     void *slot_data = NULL;
@@ -206,6 +214,7 @@ static raddle_status update_plan(raddle_attention_plan *plan, const raddle_atten
         return sent;
     }
     plan->host = slot.schedule;
+    plan->device_plan.is_last = false;
     plan->max_page_id = reading.max_page_id;
     plan->host_pages = slot.pages;
     plan->base.state = RADDLE_PLAN_PLANNED;

@@ -197,6 +197,10 @@ typedef struct raddle_attention_batch {
     const raddle_tensor
         *block_table; /* [batch, max_blocks] page ids, rows padded with anything; excludes CSR */
     const raddle_tensor *seq_lens; /* [batch] K/V tokens per request; with block_table */
+    /* CUDA: a kernel plans; nothing is waited for and the update may be captured. All but qo_indptr
+     * int32, contiguous, on the plan's device; qo_indptr, in equal steps, on the host. What the
+     * lengths say is clamped to the tables' sizes. The CPU plans as ever. */
+    bool on_device;
 } raddle_attention_batch;
 
 typedef struct raddle_attention_args {

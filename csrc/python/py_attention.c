@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "attention/attention.h"
+#include "base/alloc.h"
 #include "python/py_runtime.h"
 
 typedef struct attention_plan_object {
@@ -135,8 +136,10 @@ static PyObject *plan_workspace_size(attention_plan_object *self, void *closure)
 /* ------------------------------------------------------------------ update */
 
 PyDoc_STRVAR(plan_update_doc,
-             "update(qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream, /)\n"
-             "--\n\nCompute the schedule of a batch and send it to the device.");
+             "update(qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream, "
+             "on_device, /)\n"
+             "--\n\nCompute the schedule of a batch and send it to the device, or have it computed "
+             "there.");
 
 static PyObject *plan_update(attention_plan_object *self, PyObject *const *objects,
                              Py_ssize_t count) {
@@ -146,13 +149,14 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
                                  RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL, RADDLE_ARG_OPTIONAL};
     enum { NUM = 6 };
     raddle_tensor_arg args[NUM];
-    if (raddle_py_check_count("update", count, NUM + 1) < 0 ||
+    if (raddle_py_check_count("update", count, NUM + 2) < 0 ||
         raddle_py_open_args(objects, names, access, NUM, args) < 0) {
         return NULL;
     }
     raddle_stream stream = NULL;
     raddle_status status = RADDLE_OK;
-    if (raddle_stream_from_args(objects[NUM], args, NUM, &stream) < 0) {
+    const int on_device = PyObject_IsTrue(objects[NUM + 1]);
+    if (on_device < 0 || raddle_stream_from_args(objects[NUM], args, NUM, &stream) < 0) {
         raddle_py_close_args(args, NUM);
         return NULL;
     }
@@ -164,6 +168,7 @@ static PyObject *plan_update(attention_plan_object *self, PyObject *const *objec
         .last_page_len = args[3].view,
         .block_table = args[4].view,
         .seq_lens = args[5].view,
+        .on_device = on_device != 0,
     };
     Py_BEGIN_ALLOW_THREADS;
     status = raddle_attention_plan_update(self->plan, &batch, stream);
@@ -284,7 +289,8 @@ out:
 
 PyDoc_STRVAR(
     plan_schedule_doc,
-    "schedule()\n--\n\nThe last schedule as bytes of its arrays, and the config as a dict.");
+    "schedule()\n--\n\nThe last schedule as bytes of its arrays, and the config as a dict. "
+    "Waits for the GPU when that planned.");
 
 static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
     (void)unused;
@@ -293,23 +299,33 @@ static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
     if (status != RADDLE_OK) {
         return raddle_raise(status);
     }
-    const raddle_attention_schedule *schedule = &plan->host;
-    const raddle_attention_header *header = schedule->header;
+    raddle_attention_schedule schedule = plan->host;
+    void *memory = NULL;
+    if (plan->device_plan.is_last) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = raddle_attention_device_plan_read(plan, &schedule, &memory);
+        Py_END_ALLOW_THREADS;
+        if (status != RADDLE_OK) {
+            return raddle_raise(raddle_plan_leave(self->plan, status));
+        }
+    }
+    const raddle_attention_header *header = schedule.header;
     const raddle_attention_config *config = &plan->config;
     PyObject *result = Py_BuildValue(
-        "(y#y#y#y#{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i})", (const char *)schedule->requests,
+        "(y#y#y#y#{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i})", (const char *)schedule.requests,
         (Py_ssize_t)((size_t)header->batch * sizeof(raddle_attention_request)),
-        (const char *)schedule->worker_indptr,
+        (const char *)schedule.worker_indptr,
         (Py_ssize_t)(((size_t)config->num_workers + 1) * sizeof(int32_t)),
-        (const char *)schedule->segments,
+        (const char *)schedule.segments,
         (Py_ssize_t)((size_t)header->num_segments * sizeof(raddle_attention_segment)),
-        (const char *)schedule->merges,
+        (const char *)schedule.merges,
         (Py_ssize_t)((size_t)header->num_merges * sizeof(raddle_attention_merge)), "tile_rows",
         config->tile_rows, "tile_kv", config->tile_kv, "heads_per_item", config->heads_per_item,
         "segment_cost", config->segment_cost, "num_workers", config->num_workers, "num_slots",
         header->num_slots, "group_size", config->group_size, "num_kv_heads", config->num_kv_heads,
         "token_bytes",
         (config->head_dim_qk + config->head_dim_vo) * (int)raddle_dtype_bytes(config->kv_dtype));
+    raddle_free(memory);
     (void)raddle_plan_leave(self->plan, RADDLE_OK);
     return result;
 }

@@ -80,18 +80,6 @@ static raddle_status copy_ranges(const raddle_staging *staging, const raddle_ran
     return RADDLE_OK;
 }
 
-raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
-                                    int num_ranges, raddle_stream stream) {
-    /* A copy that was queued before another failed is in flight all the same: the slot moves on. */
-    staging->last = staging->next;
-    staging->next = (staging->next + 1) % RADDLE_STAGING_SLOTS;
-    staging->stream = stream;
-    const raddle_status copied = copy_ranges(staging, ranges, num_ranges, stream);
-    const raddle_status recorded =
-        staging->backend->event_record(staging->device, staging->events[staging->last], stream);
-    return copied != RADDLE_OK ? copied : recorded;
-}
-
 raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream) {
     if (stream == staging->stream) {
         return RADDLE_OK;
@@ -102,4 +90,23 @@ raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream)
     return capturing ? RADDLE_OK
                      : staging->backend->stream_wait_event(staging->device, stream,
                                                            staging->events[staging->last]);
+}
+
+raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
+                                    int num_ranges, raddle_stream stream) {
+    RADDLE_TRY(raddle_staging_wait(staging, stream)); /* copies to the block keep their order */
+    /* A copy that was queued before another failed is in flight all the same: the slot moves on. */
+    staging->last = staging->next;
+    staging->next = (staging->next + 1) % RADDLE_STAGING_SLOTS;
+    staging->stream = stream;
+    const raddle_status copied = copy_ranges(staging, ranges, num_ranges, stream);
+    const raddle_status recorded =
+        staging->backend->event_record(staging->device, staging->events[staging->last], stream);
+    return copied != RADDLE_OK ? copied : recorded;
+}
+
+raddle_status raddle_staging_note(raddle_staging *staging, raddle_stream stream) {
+    /* The slot's copy is older than this on stream: its event may come later. */
+    staging->stream = stream;
+    return staging->backend->event_record(staging->device, staging->events[staging->last], stream);
 }

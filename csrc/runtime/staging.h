@@ -39,6 +39,9 @@ typedef struct raddle_range {
  * gap go in one copy, gap included: nothing else may lie there. */
 raddle_status raddle_staging_commit(raddle_staging *staging, const raddle_range *ranges,
                                     int num_ranges, raddle_stream stream);
+/* Somebody else wrote the block on stream, behind raddle_staging_wait there: what follows on other
+ * streams waits for that as for a commit. Not in a capture. */
+raddle_status raddle_staging_note(raddle_staging *staging, raddle_stream stream);
 /* Makes stream wait for the last commit when that was on another stream. */
 raddle_status raddle_staging_wait(raddle_staging *staging, raddle_stream stream);
 

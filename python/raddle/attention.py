@@ -5,7 +5,7 @@ Words follow the field. A page table is `indptr` [batch + 1], `indices` [indptr[
 pages), or a padded `block_table` [batch, max_blocks] with `seq_lens` [batch]. Index tensors are
 int32 or int64, on the host or on the plan's device; host tensors are checked when planned, page ids
 that lie on the device never lead outside the cache. Planning from device lengths costs a
-synchronisation.
+synchronisation, or with on_device=True none: a kernel plans (BatchDecode.plan).
 
 A KV cache is one tensor [num_pages, 2, page_size, num_kv_heads, head_dim] ("NHD") or [num_pages, 2,
 num_kv_heads, page_size, head_dim] ("HND"), or a pair (k, v) without the 2, whose strides may
@@ -15,14 +15,12 @@ Masks: causal is aligned to the bottom right (query i of qo_len sees key j iff j
 + i), `window_left` keys before its own are seen by each query (negative: all). A row that sees
 nothing is exactly 0, its lse -inf.
 
-A CudaError that calls itself asynchronous tells of GPU work that failed after the call that queued
-it had returned; the driver does not say whose. The plan whose call raises it is dead (StateError
-from then on), and so is everything else in the CUDA context: restart the process. Plans on the CPU
-and on other GPUs go on. After any other error a plan can be used on; where the driver failed while
-plan() was sending a batch, plan again first.
+An asynchronous CudaError tells of GPU work that failed after its call had returned, the driver does
+not say whose. The plan whose call raises it is dead (StateError from then on), and so is everything
+in the CUDA context: restart the process. Plans on the CPU and on other GPUs go on. After any other
+error a plan can be used on; where the driver failed while plan() was sending a batch, plan again.
 
-The log-sum-exp that comes back belongs to the scaled logits, in base 2 unless lse_base="e".
-
+The log-sum-exp belongs to the scaled logits, in base 2 unless lse_base="e".
 Planning and sharing after FlashInfer (arXiv 2501.01005), split K/V after Flash-Decoding.
 """
 
@@ -96,17 +94,12 @@ class _BatchAttention:
 
     @property
     def workspace_size(self):
-        """Bytes of scratch that the plan needs for its maxima, exactly.
-
-        One is made when none was bound.
-        """
+        """Bytes of scratch that the plan needs for its maxima; made when none was bound."""
         return self._plan.workspace_size
 
     def bind_workspace(self, workspace):
-        """Use a contiguous tensor on the plan's device as scratch.
-
-        Plans whose runs are ordered on one stream may share it. Raises CapacityError with both
-        sizes when too small."""
+        """Use a contiguous tensor on the plan's device as scratch. Plans whose runs are ordered on
+        one stream may share it. Raises CapacityError with both sizes when too small."""
         self._plan.bind(workspace)
 
     def schedule(self):
@@ -226,18 +219,26 @@ class BatchDecode(_PagedAttention):
         block_table=None,
         seq_lens=None,
         stream=None,
+        on_device=False,
     ):
         """Schedule a batch: indptr, indices, last_page_len, or block_table and seq_lens.
 
         A failure leaves the previous batch planned. Refused while the stream is captured; a
         captured graph that reads this plan stays valid. Raises CapacityError past the declared
-        maxima, ArgumentError for a bad table."""
-        self._plan.update(None, indptr, indices, last_page_len, block_table, seq_lens, stream)
+        maxima, ArgumentError for a bad table.
+
+        on_device=True (int32, contiguous, on the plan's GPU): a kernel plans, nothing is waited for
+        or copied back, and the call may be captured, after one outside the capture. A replay plans
+        from what the same memory holds by then, the batch's size stays; a run outside the graph
+        needs a plan() outside (StateError). Lengths and offsets are clamped to the table and to
+        max_pages. Not with fixed_chunk (UnsupportedError). The CPU plans as ever."""
+        self._plan.update(
+            None, indptr, indices, last_page_len, block_table, seq_lens, stream, on_device
+        )
 
 
 class BatchPrefill(_PagedAttention):
-    """Paged attention with any number of query tokens per request: prefill, chunked prefill,
-    speculative decode.
+    """Paged attention with any number of query tokens per request: prefill, speculative decode.
 
     As BatchDecode, and: causal (bottom-right aligned); max_qo_tokens query rows per batch;
     max_qo_len bounds those of one request (0: no bound), which lets a plan for few rows use less
@@ -304,19 +305,18 @@ class BatchPrefill(_PagedAttention):
         block_table=None,
         seq_lens=None,
         stream=None,
+        on_device=False,
     ):
-        """Schedule a batch.
-
-        qo_indptr: [batch + 1] offsets of each request's rows in q; the rest as BatchDecode.plan.
-        """
-        self._plan.update(qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream)
+        """Schedule a batch. qo_indptr: [batch + 1] offsets of each request's rows in q, with
+        on_device on the host and in equal steps; the rest as BatchDecode.plan."""
+        self._plan.update(
+            qo_indptr, indptr, indices, last_page_len, block_table, seq_lens, stream, on_device
+        )
 
 
 class BatchRaggedPrefill(_BatchAttention):
-    """Attention over K and V that lie one request behind the other, without pages.
-
-    As BatchPrefill, with max_kv_tokens in place of pages.
-    """
+    """Attention over K and V that lie one request behind the other, without pages: as BatchPrefill,
+    with max_kv_tokens in place of pages."""
 
     def __init__(
         self,
@@ -370,7 +370,7 @@ class BatchRaggedPrefill(_BatchAttention):
 
     def plan(self, qo_indptr, kv_indptr, *, stream=None):
         """Schedule a batch: [batch + 1] offsets of each request's rows in q, and in k and v."""
-        self._plan.update(qo_indptr, kv_indptr, None, None, None, None, stream)
+        self._plan.update(qo_indptr, kv_indptr, None, None, None, None, stream, False)
 
     def run(
         self,
