@@ -6,6 +6,7 @@ differ where the float32 model itself wavers. Needs: torch, transformers; a GPU 
 """
 
 import inspect
+import re
 import threading
 from pathlib import Path
 
@@ -239,27 +240,48 @@ def test_tiny_llama(device):
 # ------------------------------------------------------------------ continuous batching
 
 
-def generate_batch(model, prompts, tokens=20):
-    """Texts in the order of prompts."""
-    from transformers.generation.continuous_batching import cache
-
+def batch_options(tokens):
+    """Keyword arguments of generate_batch(): a small cache, greedy."""
     config = transformers.GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    sizes, kwargs = dict(num_blocks=64, max_batch_tokens=256), {}
+    options = dict(generation_config=config, progress_bar=False)
+    sizes = dict(num_blocks=64, max_batch_tokens=256)
     if hasattr(transformers, "ContinuousBatchingConfig"):
         known = transformers.ContinuousBatchingConfig.__dataclass_fields__
         sizes["page_size" if "page_size" in known else "block_size"] = 16
-        kwargs["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**sizes)
+        options["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**sizes)
     else:
         vars(config).update(sizes)
-    with pytest.MonkeyPatch.context() as patch:
-        if model.device.type == "cpu":  # which some versions cannot size a cache for
-            memory = (model.device, 2**30, 0, 0)
-            patch.setattr(cache, "get_device_and_memory_breakdown", lambda: memory)
-        out = model.generate_batch(prompts, generation_config=config, progress_bar=False, **kwargs)
+    return options
+
+
+@pytest.fixture(autouse=True)
+def memory_to_report(monkeypatch, request):
+    """Some versions cannot size a cache on the CPU, or not without psutil."""
+    from transformers.generation.continuous_batching import cache
+
+    if "cuda" not in request.node.name:
+        memory = (torch.device("cpu"), 2**30, 0, 0)
+        monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: memory)
+
+
+def generate_batch(model, prompts, tokens=20):
+    """Texts in the order of prompts."""
+    out = model.generate_batch(prompts, **batch_options(tokens))
     texts = {tuple(one.prompt_ids): one.generated_tokens for one in out.values()}
     return [texts[tuple(prompt)] for prompt in prompts]
+
+
+def test_readme_program(models):
+    """The README's own lines."""
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    lines = re.search(r"```py\n(from raddle.integrations.transf.*?)```", readme.read_text(), re.S)
+    model = models("llama", "cpu")
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    given = dict(model=model, prompts=prompts, ids=torch.tensor(prompts[:1]))
+    exec(lines[1], given | dict(options=batch_options(5)))
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.fixture

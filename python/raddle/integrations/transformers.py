@@ -12,6 +12,8 @@ property of the call: "paged|raddle" for generate_batch).
 CPU (float32, float16, bfloat16) and CUDA (float16, bfloat16): causal and bidirectional attention,
 grouped queries, sliding windows, soft-capped logits, sinks, padding before and behind the tokens,
 dynamic and static caches, packed batches by cu_seq_lens_q and cu_seq_lens_k. Inference only.
+torch.compile breaks its graph at each attention. Continuous batching in transformers 4.5x and 5.0
+keeps wrong tokens of layers with a window, by whatever implementation: use 5.17 or later there.
 Refused with an UnsupportedError that says why: gradients and dropout, output_attentions, biases,
 masks of other patterns, padding between tokens.
 """
