@@ -20,7 +20,10 @@ enum {
     DECODE_REGISTERS = 200,
     DECODE_REGISTERS_TWO_CTAS = 90,
     DECODE_REGISTERS_ONE_STAGE = 196,
-    DECODE_UNPACK_REGISTERS = 16, /* a chunk of two tokens as f16; what a hook works on */
+    DECODE_UNPACK_REGISTERS = 16, /* a chunk of two tokens as f16 */
+    DECODE_LOGIT_REGISTERS = 16,
+    DECODE_PAIR_REGISTERS = 24,     /* two chunks as floats, their sines and cosines */
+    DECODE_FP8_PAIR_REGISTERS = 40, /* twice as many elements in a chunk */
     DECODE_MAX_ROW_TILES = 2,
 
     /* Narrow items merge in parallel: 1 x 2048 takes 9.5 us with 1 head per item, 11.2 with 2; 16 x
@@ -117,6 +120,14 @@ typedef struct decode_shape {
     bool q_in_shared;
 } decode_shape;
 
+/* Registers for what is done to K and logits on their way. */
+static int32_t count_work_registers(const raddle_attention_config *config) {
+    return (is_fp8(config) ? DECODE_UNPACK_REGISTERS : 0) +
+           (each_logit(config) ? DECODE_LOGIT_REGISTERS : 0) +
+           (has_pairs(config) ? DECODE_PAIR_REGISTERS : 0) +
+           (has_pairs(config) && is_fp8(config) ? DECODE_FP8_PAIR_REGISTERS : 0);
+}
+
 /* Registers of a lane: what attention_decode_tile.cuh declares. False when the rows do not fit. */
 static bool shape_decode(const raddle_attention_config *config, int32_t rows, decode_shape *shape) {
     const int32_t elements = 16 / (int32_t)raddle_dtype_bytes(config->kv_dtype);
@@ -128,14 +139,14 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
     const int32_t tile = 8 * k_chunks + 16 * v_chunks;
     const int32_t out = 2 * elements * v_chunks * shape->row_tiles;
     const int32_t q = 4 * shape->q_quads * shape->row_tiles;
-    const int32_t unpacked = is_fp8(config) || each_logit(config) ? DECODE_UNPACK_REGISTERS : 0;
+    const int32_t work = count_work_registers(config);
     shape->ctas_per_sm = 1;
     shape->q_in_shared = false;
-    if (is_fp8(config) && 4 * tile + out + q + unpacked <= DECODE_REGISTERS) {
+    if (is_fp8(config) && 4 * tile + out + q + work <= DECODE_REGISTERS) {
         shape->stages = 4;
         return true;
     }
-    if (2 * tile + out + q + unpacked <= DECODE_REGISTERS) {
+    if (2 * tile + out + q + work <= DECODE_REGISTERS) {
         shape->stages = 2;
         const bool is_small = 2 * tile + out + q <= DECODE_REGISTERS_TWO_CTAS;
         const bool is_plain = !only_decode(config) && !each_logit(config);
@@ -143,8 +154,9 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
         return true;
     }
     shape->stages = 1;
-    shape->q_in_shared = tile + out + q + unpacked > DECODE_REGISTERS_ONE_STAGE;
-    return tile + out + unpacked <= DECODE_REGISTERS_ONE_STAGE;
+    const int32_t held = has_pairs(config) ? 8 * k_chunks : tile; /* V_LATE in the kernel */
+    shape->q_in_shared = held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
+    return held + out + work <= DECODE_REGISTERS_ONE_STAGE;
 }
 
 /* Rows of one tile when a request has `rows`; 0 when the prefill kernel should take them. */

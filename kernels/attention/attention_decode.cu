@@ -11,6 +11,7 @@
  *           looks up K of token t and lane 16 + t its V, the others read what they noted down.
  * Pipeline  STAGES 2:  load B | compute A | load A | compute B | ..
  *           STAGES 1:  scores | load next K | softmax, values | load next V | ..
+ *           V_LATE:    scores | load V | softmax, values | load next K | ..
  *           The first tile of the next piece is loaded before this piece is combined (PREFETCH).
  * Shared    notes of 8 warps (static) | attention_shared.h: outputs and states of 8 warps | q
  *           (Q_IN_SHARED) | folded outputs, two folded states.
@@ -29,7 +30,9 @@ namespace {
 using namespace raddle;
 
 constexpr bool PREFETCH =
-    !Q_IN_SHARED; /* the next piece's first tile: where registers are left for it */
+    !Q_IN_SHARED && !PAIRS; /* the next piece's first tile: where registers are left for it */
+constexpr bool V_LATE =
+    STAGES == 1 && PAIRS; /* V is loaded when K is used up: what is made of K needs registers */
 constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 
 /* Notes down the piece that starts at token begin of a segment, and what this lane needs to read
@@ -119,7 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     const auto load = [&](tile &t) {
         t.valid = next_tile(p, notes, lane, look);
         load_k(t, notes, g, j);
-        load_v(t, notes, g, j);
+        if (!V_LATE) {
+            load_v(t, notes, g, j);
+        }
     };
     uint4 q[ROW_TILES][Q_QUADS];
     /* q first: it would wait behind the tiles. Then what comes after this piece is sent for. */
@@ -258,13 +263,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 const unsigned valid = a.valid;
                 float s[ROW_TILES][4];
                 compute_scores(p, at, a, at.begin + TILE * t, g, j, q, shared_q, s);
-                if (has_next) {
+                if (V_LATE) {
+                    load_v(a, notes, g, j);
+                } else if (has_next) {
                     a.valid = next_tile(p, notes, lane, look);
                     load_k(a, notes, g, j);
                 }
                 weigh(s, valid, at.begin + TILE * t, acc);
                 add_values(a, s, acc.out);
-                if (has_next) {
+                if (V_LATE && has_next) {
+                    load(a);
+                } else if (has_next) {
                     load_v(a, notes, g, j);
                 }
                 if (!sent_for_pages) {

@@ -335,7 +335,7 @@ __device__ __forceinline__ void finish_q(const raddle_attention_params &p, const
                     const raddle_pair b = finish_query(p, row, dim + 1, raddle_pair{low.y, high.y});
                     words[i][w] = pack2<q_type>(a.low, b.low);
                     words[i + 1][w] = pack2<q_type>(a.high, b.high);
-                }
+                            }
             }
         }
         if constexpr (SCALED_ROWS) {
