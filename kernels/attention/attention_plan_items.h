@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #endif
 
+/* On the host a test says what a barrier is, should it run several threads. */
 #ifdef __CUDACC_RTC__
 #define RADDLE_PLAN_FUNCTION __device__ __forceinline__
 #define RADDLE_PLAN_SYNC() __syncthreads()
@@ -20,9 +21,11 @@
 #define RADDLE_PLAN_MIN(to, value) (void)atomicMin((to), (value))
 #else
 #define RADDLE_PLAN_FUNCTION static inline
+#ifndef RADDLE_PLAN_SYNC
 #define RADDLE_PLAN_SYNC() ((void)0)
 #define RADDLE_PLAN_MAX(to, value) (void)(*(to) = *(to) > (value) ? *(to) : (value))
 #define RADDLE_PLAN_MIN(to, value) (void)(*(to) = *(to) < (value) ? *(to) : (value))
+#endif
 #endif
 
 enum {

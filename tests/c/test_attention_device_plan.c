@@ -1,9 +1,40 @@
 // needs: base/status.c base/alloc.c attention/attention_schedule.c
-/* test_attention_device_plan.c - the planner that runs on the GPU, by one thread here: every key of
- * every row exactly once, shares as even as the host's, and lengths that lie. */
+// sanitizers: address thread
+/* test_attention_device_plan.c - the planner that runs on the GPU, by threads of the host: every key
+ * of every row exactly once, shares as even as the host's, and lengths that lie. */
 #include "attention_schedule_check.h"
 
+#include <pthread.h>
+
+/* A CTA of this machine's threads. */
+static pthread_barrier_t barrier;
+static int32_t num_threads = 1;
+static pthread_mutex_t atomics = PTHREAD_MUTEX_INITIALIZER;
+
+static void wait_for_all(void) {
+    if (num_threads > 1) {
+        pthread_barrier_wait(&barrier);
+    }
+}
+
+static void keep_larger(long long *to, long long value) {
+    pthread_mutex_lock(&atomics);
+    *to = *to > value ? *to : value;
+    pthread_mutex_unlock(&atomics);
+}
+
+static void keep_smaller(int32_t *to, int32_t value) {
+    pthread_mutex_lock(&atomics);
+    *to = *to < value ? *to : value;
+    pthread_mutex_unlock(&atomics);
+}
+
+#define RADDLE_PLAN_SYNC() wait_for_all()
+#define RADDLE_PLAN_MAX(to, value) keep_larger((to), (value))
+#define RADDLE_PLAN_MIN(to, value) keep_smaller((to), (value))
 #include "kernels/attention/attention_plan.h"
+
+enum { MAX_THREADS = 37 };
 
 /* A page table as the GPU sees it, without its ids, which another CTA copies; and the schedule. */
 typedef struct device_plan {
@@ -20,7 +51,7 @@ static device_plan *open_device_plan(const problem *like, int32_t qo_len) {
     result->config = like->config;
     open_problem(result);
     plan->space_memory =
-        raddle_alloc_zero((size_t)raddle_plan_space_bytes(like->config.num_workers, 1));
+        raddle_alloc_zero((size_t)raddle_plan_space_bytes(like->config.num_workers, MAX_THREADS));
     plan->params = (raddle_attention_plan_params){
         .indptr = plan->indptr,
         .lengths = plan->lengths,
@@ -52,17 +83,44 @@ static void close_device_plan(device_plan *plan) {
     raddle_free(plan);
 }
 
-static void build_on_device(device_plan *plan, int32_t batch) {
-    const int32_t workers = plan->params.num_workers;
+typedef struct thread_of_plan {
+    device_plan *plan;
+    int32_t thread;
+} thread_of_plan;
+
+static void *run_thread(void *argument) {
+    const thread_of_plan *self = argument;
     raddle_plan_space space;
+    raddle_plan_carve(self->plan->space_memory, self->plan->params.num_workers, num_threads,
+                      &space);
+    raddle_plan_batch(&self->plan->params, &space, self->thread, num_threads);
+    return NULL;
+}
+
+static void build_by_threads(device_plan *plan, int32_t threads) {
+    pthread_t handles[MAX_THREADS];
+    thread_of_plan arguments[MAX_THREADS];
+    num_threads = threads;
+    pthread_barrier_init(&barrier, NULL, (unsigned)threads);
+    for (int32_t i = 0; i < threads; i++) {
+        arguments[i] = (thread_of_plan){plan, i};
+        CHECK_INT(pthread_create(&handles[i], NULL, run_thread, &arguments[i]), 0);
+    }
+    for (int32_t i = 0; i < threads; i++) {
+        pthread_join(handles[i], NULL);
+    }
+    pthread_barrier_destroy(&barrier);
+    num_threads = 1;
+}
+
+static void build_on_device(device_plan *plan, int32_t batch) {
     plan->params.batch = batch;
     plan->result.batch = batch;
     const int64_t kinds = (int64_t)batch * plan->params.qo_len * plan->params.group_size;
     raddle_free(plan->params.prefix);
     plan->params.prefix =
         kinds > RADDLE_PLAN_SHARED_KINDS ? raddle_alloc((size_t)(kinds + 1) * 8) : NULL;
-    raddle_plan_carve(plan->space_memory, workers, 1, &space);
-    raddle_plan_batch(&plan->params, &space, 0, 1);
+    run_thread(&(thread_of_plan){plan, 0});
 }
 
 /* The batch of a problem, as a page table of pages that follow each other. */
@@ -254,24 +312,43 @@ static void test_lengths_that_lie(void) {
     }
 }
 
-static void test_the_same_twice(void) {
-    problem p;
-    start_decode(&p, 132, 8, 1);
-    for (int32_t i = 0; i < 20; i++) {
-        add(&p, 1, 1 + random_below(9000));
-    }
-    device_plan *plans[2] = {open_device_plan(&p, 1), open_device_plan(&p, 1)};
-    for (int i = 0; i < 2; i++) {
-        lay_out(&p, plans[i]);
-        build_on_device(plans[i], p.batch);
-    }
-    const problem *a = &plans[0]->result, *b = &plans[1]->result;
-    CHECK(memcmp(&a->header, &b->header, sizeof a->header) == 0);
+static void check_same(const problem *a, const problem *b) {
+    const raddle_attention_header *header = &a->header;
+    CHECK(memcmp(header, &b->header, sizeof *header) == 0);
+    CHECK(memcmp(a->schedule.worker_indptr, b->schedule.worker_indptr,
+                 ((size_t)a->config.num_workers + 1) * sizeof(int32_t)) == 0);
     CHECK(memcmp(a->schedule.segments, b->schedule.segments,
-                 (size_t)a->header.num_segments * sizeof(raddle_attention_segment)) == 0);
-    close_device_plan(plans[0]);
-    close_device_plan(plans[1]);
-    close_problem(&p);
+                 (size_t)header->num_segments * sizeof(raddle_attention_segment)) == 0);
+    CHECK(memcmp(a->schedule.merges, b->schedule.merges,
+                 (size_t)header->num_merges * sizeof(raddle_attention_merge)) == 0);
+}
+
+/* However many threads, the schedule is the same. */
+static void test_threads(void) {
+    static const int32_t threads[] = {2, 5, 16, MAX_THREADS};
+    for (int round = 0; round < 40; round++) {
+        problem p;
+        const int32_t kv_heads = 1 + random_below(9), qo_len = random_below(2) ? 1 : 30;
+        start(&p, 1 + random_below(140), 4, kv_heads, 1 + random_below(kv_heads), 16, 16,
+              random_below(200));
+        p.config.causal = qo_len > 1;
+        open_problem(&p);
+        const int32_t batch = round == 0 ? 0 : random_below(60);
+        for (int32_t i = 0; i < batch; i++) {
+            add(&p, qo_len, random_below(4) == 0 ? 0 : random_below(5000));
+        }
+        device_plan *alone = open_device_plan(&p, qo_len), *plan = open_device_plan(&p, qo_len);
+        lay_out(&p, alone);
+        lay_out(&p, plan);
+        build_on_device(alone, batch);
+        build_on_device(plan, batch);
+        check_same(&alone->result, &plan->result); /* twice is the same */
+        build_by_threads(plan, threads[round % 4]);
+        check_same(&alone->result, &plan->result);
+        close_device_plan(alone);
+        close_device_plan(plan);
+        close_problem(&p);
+    }
 }
 
 int main(void) {
@@ -280,7 +357,7 @@ int main(void) {
     test_many_kinds();
     test_block_table();
     test_lengths_that_lie();
-    test_the_same_twice();
+    test_threads();
     CHECK_INT(raddle_alloc_live(), 0);
     return check_report();
 }
