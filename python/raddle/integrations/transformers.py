@@ -1,10 +1,10 @@
-"""raddle as an attention implementation of Hugging Face transformers (4.53 and later, 5.x).
+"""raddle as an attention implementation of Hugging Face transformers (4.55 and later, 5.x).
 
     from raddle.integrations.transformers import enable, disable
 
     enable(model)                    # a loaded model; disable(model) restores it
     model.generate(**inputs)         # prefill and decode by raddle's kernels
-    model.generate_batch(prompts)    # continuous batching, K and V in its paged cache
+    model.generate_batch(prompts)    # continuous batching (from 4.57), K and V in its paged cache
 
 or register() once, and load with attn_implementation="raddle" (transformers before paging became a
 property of the call: "paged|raddle" for generate_batch).
@@ -24,13 +24,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..errors import StateError, UnsupportedError
 
-try:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-except ImportError as error:
+if not hasattr(PreTrainedModel, "set_attn_implementation"):
     raise ImportError(
-        "raddle.integrations.transformers needs transformers 4.53 or later: earlier ones give an "
-        "attention implementation of others no say in the masks"
-    ) from error
+        "raddle.integrations.transformers needs transformers 4.55 or later, where a model's "
+        "attention implementation can be changed"
+    )
+
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .transformers_attention import attention_forward
 from .transformers_mask import build_mask

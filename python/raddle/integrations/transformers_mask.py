@@ -49,7 +49,7 @@ def build_mask(
     device=None,
     **_hints,
 ):
-    """transformers' mask interface, 4.53 to 5: where it hands out cache_position [q_length], that
+    """transformers' mask interface, 4.55 to 5: where it hands out cache_position [q_length], that
     says where the queries are; else q_offset and q_length do."""
     try:
         return _build(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..attention import append_slots
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedError
 from .transformers_plans import Shape, get_lengths, get_plan
 
 NAMES = ("raddle", "paged|raddle")
@@ -49,8 +49,13 @@ def update_cache(module, key, value, kwargs):
     """Where a call brings the paged cache as the keyword `cache`: writes the new tokens into it and
     returns K and V of this layer, in rows unless they stay in the cache; kwargs then say which."""
     cache = kwargs.get("cache")
-    if not hasattr(cache, "layer_index_to_group_indices"):
+    if cache is None:
         return key, value
+    if not hasattr(cache, "layer_index_to_group_indices"):
+        raise UnsupportedError(
+            f"cache: raddle does not know how {type(cache).__name__} of this transformers keeps K "
+            "and V; continuous batching is known from 4.57 on"
+        )
     layer = module.layer_idx
     group, index = cache.layer_index_to_group_indices[layer]
     read_index, write_index = kwargs["read_index"][group], kwargs["write_index"][group]
