@@ -118,6 +118,19 @@ def test_float8(rng, device, dtype, kind, kv_dtype):
 @pytest.mark.parametrize("group_size", [1, 4, 5, 7, 12])
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
 def test_float8_groups_and_head_dims(rng, device, head_dim, group_size, kv_dtype):
+    if device == "cuda" and head_dim % 16:
+        with pytest.raises(UnsupportedError, match="expected a multiple of 16"):
+            BatchDecode(
+                num_qo_heads=2,
+                num_kv_heads=2,
+                head_dim=head_dim,
+                page_size=16,
+                max_batch=1,
+                max_pages=1,
+                kv_dtype=kv_dtype,
+                device=device,
+            )
+        return
     heads = (2 * group_size, 2)
     scales = dict(k_scale=0.3, v_scale=1.7)
     for kind in ("decode", "few tokens"):

@@ -166,8 +166,11 @@ def check(
     out, lse = got if has_lse else (got, None)
     out = value(out, dtype)
     scale = 1.0 if has_lse else max(1.0, np.abs(want_out).max())
-    assert_close(out / scale, want_out / scale, dtype)
+    # The CUDA kernels round what they rotate back to 16 bits.
+    factor = 3 if device == "cuda" and variant.rope is not None else 1
+    assert_close(out / scale, want_out / scale, dtype, factor)
     if has_lse:
         lse = value(lse, "float32")
-        assert_close(lse, want_lse, "float32" if dtype == "float32" else "float16")
+        rounded = dtype if factor > 1 else "float16"
+        assert_close(lse, want_lse, "float32" if dtype == "float32" else rounded, factor)
     return out, lse

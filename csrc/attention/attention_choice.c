@@ -155,7 +155,7 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
     }
     shape->stages = 1;
     const int32_t held = has_pairs(config) ? 8 * k_chunks : tile; /* V_LATE in the kernel */
-    shape->q_in_shared = held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
+    shape->q_in_shared = has_pairs(config) || held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
     return held + out + work <= DECODE_REGISTERS_ONE_STAGE;
 }
 

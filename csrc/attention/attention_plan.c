@@ -337,9 +337,10 @@ static raddle_status check_variant_args(const raddle_attention_plan *plan,
     RADDLE_TRY(check_heads(plan, args->sinks, plan->config.num_qo_heads));
     RADDLE_TRY(check_heads(plan, args->k_scales, plan->config.num_kv_heads));
     RADDLE_TRY(check_heads(plan, args->v_scales, plan->config.num_kv_heads));
-    RADDLE_REQUIRE(isfinite(args->k_scale) && isfinite(args->v_scale), RADDLE_ERR_VALUE,
-                   "k_scale, v_scale: expected finite numbers, got %g and %g",
-                   (double)args->k_scale, (double)args->v_scale);
+    RADDLE_REQUIRE(isfinite(args->k_scale) && args->k_scale >= 0.0f, RADDLE_ERR_VALUE,
+                   "k_scale: expected a positive number, got %g", (double)args->k_scale);
+    RADDLE_REQUIRE(isfinite(args->v_scale), RADDLE_ERR_VALUE,
+                   "v_scale: expected a finite number, got %g", (double)args->v_scale);
     RADDLE_REQUIRE(args->lse == NULL || !plan->config.no_softmax, RADDLE_ERR_UNSUPPORTED,
                    "lse: there is none without a softmax");
     RADDLE_REQUIRE(plan->variant != NULL ||

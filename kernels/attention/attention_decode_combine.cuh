@@ -117,7 +117,7 @@ __device__ __forceinline__ void update_softmax(float scale, float (&s)[ROW_TILES
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            top[n][c] = fmaxf(s[n][c], s[n][2 + c]) * scale;
+            top[n][c] = fmaxf(s[n][c] * scale, s[n][2 + c] * scale); /* a scale may be negative */
             larger = larger || top[n][c] > acc.max[n][c];
         }
     }
