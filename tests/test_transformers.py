@@ -403,6 +403,42 @@ def test_enable_refuses_other_modules():
         enable(torch.nn.Linear(2, 2))
 
 
+def test_bidirectional_and_cross_attention():
+    """Whisper: an encoder without mask, a decoder that looks at it."""
+    torch.manual_seed(0)
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder")
+             for name, n in dict(layers=2, attention_heads=4, ffn_dim=64).items()}  # fmt: skip
+    config = transformers.WhisperConfig(
+        vocab_size=100, d_model=64, max_source_positions=50, num_mel_bins=8, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **sizes,
+    )  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    given = dict(
+        input_features=torch.randn(2, 8, 100), decoder_input_ids=torch.randint(3, 100, (2, 9))
+    )
+    with torch.no_grad():
+        want = model(**given).logits
+        got = enable(model)(**given).logits
+    assert model.config._attn_implementation == "raddle"
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_position_biases_are_refused():
+    """T5: by enable() where it does its attention itself, else by the attention."""
+    config = transformers.T5Config(
+        vocab_size=100, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    before = model.config._attn_implementation
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="position_bias|itself"):
+        enable(model)(input_ids=ids, decoder_input_ids=ids)
+    with contextlib.suppress(StateError):
+        disable(model)
+    assert model.config._attn_implementation == before
+
+
 def test_register_twice_and_load_by_name():
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

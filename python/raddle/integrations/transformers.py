@@ -18,6 +18,8 @@ Refused with an UnsupportedError that says why: gradients and dropout, output_at
 masks of other patterns, padding between tokens.
 """
 
+import inspect
+import sys
 import weakref
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -63,11 +65,15 @@ def enable(model):
         return model
     before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
-        model.set_attn_implementation("raddle")
+        for part in model.modules():  # some versions skip parts whose config is a copy
+            if isinstance(part, PreTrainedModel) and part.config._attn_implementation not in NAMES:
+                part.set_attn_implementation("raddle")
     except BaseException:
         _restore(before)
         raise
-    if not any(config._attn_implementation in NAMES for config, _ in before):
+    is_set = any(config._attn_implementation in NAMES for config, _ in before)
+    if not (is_set and _asks_interface(model)):
+        _restore(before)
         raise UnsupportedError(
             f"model: {type(model).__name__} computes its attention itself and takes no "
             "attn_implementation"
@@ -82,6 +88,19 @@ def disable(model):
         raise StateError("model: raddle is not enabled on it; call enable(model) first")
     _restore(_enabled.pop(model))
     return model
+
+
+def _asks_interface(model):
+    """Whether the source of the model, or of a part, looks implementations up: some let theirs be
+    set and never do. True where there is no source."""
+    kinds = {type(part) for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for kind in kinds:
+        try:
+            if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[kind.__module__]):
+                return True
+        except (KeyError, OSError, TypeError):
+            return True
+    return False
 
 
 def _restore(before):
