@@ -168,6 +168,18 @@ def test_twice_is_the_same_bit_for_bit():
     assert np.array_equal(results[0][0], results[1][0]) and results[0][2] == results[1][2]
 
 
+@pytest.mark.gpu
+def test_fixed_chunks_equal_a_host_plan_bit_for_bit():
+    batch = make_batch(np.random.default_rng(12), [5000, 70, 0, 1300, 64, 65])
+    plan = make_plan("cuda", fixed_chunk=128)
+    update(plan, batch, "cuda")
+    out, lse = run(plan, batch, "cuda")
+    check_result((out, lse), batch)
+    plan.plan(batch.indptr, batch.indices, batch.last_page_len)
+    again = run(plan, batch, "cuda")
+    assert np.array_equal(out, again[0]) and np.array_equal(lse, again[1])
+
+
 def cuda_torch():
     torch = pytest.importorskip("torch", reason="needs torch")
     if not torch.cuda.is_available():
@@ -295,7 +307,6 @@ plan.plan(**table)
 plan.plan(block_table=raddle.zeros((2, 4), "int32", "cuda"), **lengths)
 expect(errors.ShapeError, "q", plan.run, q[:1], cache)
 plan.run(q, cache)
-expect(errors.UnsupportedError, "fixed_chunk", BatchDecode(**spec, fixed_chunk=64).plan, **table)
 
 prefill = BatchPrefill(**spec, max_qo_tokens=8, max_qo_len=3)
 table = dict(zip(("indptr", "indices", "last_page_len"), list(table.values())[:3], strict=True))

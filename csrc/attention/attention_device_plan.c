@@ -82,9 +82,6 @@ static raddle_status check_update(const raddle_attention_plan *plan,
                                   int32_t *out_qo_len) {
     RADDLE_REQUIRE(plan->spec.page_size > 0, RADDLE_ERR_UNSUPPORTED,
                    "on_device: K and V without pages are planned on the host");
-    RADDLE_REQUIRE(plan->spec.fixed_chunk == 0, RADDLE_ERR_UNSUPPORTED,
-                   "on_device: a plan with fixed_chunk (%d) is planned on the host",
-                   (int)plan->spec.fixed_chunk);
     RADDLE_TRY(raddle_attention_batch_check(plan, batch, out_batch));
     RADDLE_TRY(check_on_device(plan, batch->kv_indptr));
     RADDLE_TRY(check_on_device(plan, batch->kv_indices));
@@ -177,6 +174,8 @@ static raddle_attention_plan_params make_params(const raddle_attention_plan *pla
         .segment_cost = config->segment_cost,
         .causal = config->causal,
         .window_left = plan->spec.window_left,
+        .fixed_chunk = plan->spec.fixed_chunk,
+        .max_slots = (int32_t)plan->limits.max_slots,
     };
 }
 

@@ -1,16 +1,15 @@
 /* attention_plan.h - the planner in parallel: the threads of one CTA cut a batch into shares of
- * equal cost. C11 and NVRTC; on the host one thread runs it, for its tests.
+ * equal cost. C11 and NVRTC; threads of the host run it in its tests.
  *
  * Kinds are (request, row tile); the heads of a request have the same kinds. With the prefix sums of
  * their costs, any boundary between two workers is found by a search, alone. A candidate is a
  * rule that places boundary k; all boundaries of all candidates are found side by side, the cost
  * of every share follows from its two boundaries, and the candidate whose largest share is
  * smallest wins:
- *   WHOLE, WHOLE_EQUAL  items stay whole; workers as many as useful, or as divide equal items
- *   OWN                 fewer items than workers: each item has workers of its own, an equal
- *                       piece for each
- *   EVEN_*              boundaries evenly spaced in cost; one that falls near an item's end moves
- *                       there
+ *   WHOLE_EQUAL  as many items for each worker
+ *   WHOLE        items stay whole; boundaries where they are nearest to even cost
+ *   OWN          fewer items than workers: each item has workers of its own, an equal piece each
+ *   EVEN_*       boundaries evenly spaced in cost; one that falls near an item's end moves there
  * From the winner's boundaries each segment, partial and merge knows its place by counting cuts.
  * attention_schedule.c walks the items in order instead, which takes one thread, and comes to
  * shares as large within a few per cent. What a schedule is: attention_schedule.h.
@@ -36,8 +35,8 @@ RADDLE_PLAN_FUNCTION void raddle_plan_fit_own(const raddle_attention_plan_params
     }
     /* With pieces of `most` the items' last ones take one worker each and the rest suffices. */
     const int64_t least = raddle_plan_ceil_div(shape->tokens, shape->max_workers);
-    const int64_t most =
-        raddle_plan_ceil_div(shape->tokens, shape->max_workers - shape->items) + p->tile_kv;
+    const int64_t most = raddle_plan_ceil_div(shape->tokens, shape->max_workers - shape->items) +
+                         raddle_plan_grain(p);
     if (thread == 0) {
         *space->probe = RADDLE_PLAN_PROBES;
     }
@@ -75,7 +74,8 @@ RADDLE_PLAN_FUNCTION raddle_plan_boundary raddle_plan_cut(const raddle_attention
                                                           const raddle_plan_item *item,
                                                           int64_t used) {
     const int64_t at = item->kv_begin + used;
-    used = (at + p->tile_kv / 2) / p->tile_kv * p->tile_kv - item->kv_begin;
+    const int32_t grain = raddle_plan_grain(p);
+    used = (at + grain / 2) / grain * grain - item->kv_begin;
     const bool ends = used >= item->kv_end - item->kv_begin;
     raddle_plan_boundary boundary;
     boundary.item = index + ends;
@@ -143,11 +143,16 @@ raddle_plan_begin_of(const raddle_attention_plan_params *p, const raddle_plan_sh
     if (k == 0 || k >= workers) {
         return boundary;
     }
+    if (candidate == RADDLE_PLAN_WHOLE_EQUAL) {
+        const int64_t item = (int64_t)k * ((shape->items + workers - 1) / workers);
+        boundary.item = item < shape->items ? (int32_t)item : shape->items;
+        return boundary;
+    }
     if (candidate == RADDLE_PLAN_OWN) {
         return raddle_plan_cut_own(p, shape, space->shares, k);
     }
     /* Every worker but the first pays for the rest of an item that was cut. */
-    const bool is_whole = candidate == RADDLE_PLAN_WHOLE || candidate == RADDLE_PLAN_WHOLE_EQUAL;
+    const bool is_whole = candidate == RADDLE_PLAN_WHOLE;
     const int64_t price = is_whole ? 0 : p->segment_cost, spread = shape->cost - price;
     const int64_t x = price + spread / workers * k + spread % workers * k / workers;
     const int64_t tolerance = is_whole                             ? -1
@@ -208,8 +213,42 @@ RADDLE_PLAN_FUNCTION bool raddle_plan_is_cut(const raddle_plan_boundary *bounds,
            (bounds[k].item != bounds[k - 1].item || bounds[k].used != bounds[k - 1].used);
 }
 
-/* Counts cuts and cut items up to each boundary; empty shares are between equal boundaries. */
+/* Chunks that the first `used` visible tokens of an item lie in. */
+RADDLE_PLAN_FUNCTION int32_t raddle_plan_chunks(const raddle_attention_plan_params *p,
+                                                const raddle_plan_item *item, int32_t used) {
+    const uint32_t chunk = (uint32_t)p->fixed_chunk, begin = (uint32_t)item->kv_begin;
+    return (int32_t)((begin + (uint32_t)used + chunk - 1) / chunk - begin / chunk);
+}
+
+/* Cuts and cut items up to each boundary. In fixed-chunk mode an item that is cut at all is cut at
+ * every chunk, all of which count at its first boundary. */
+enum { RADDLE_PLAN_CUT_BITS = 44 };
+
+RADDLE_PLAN_FUNCTION int64_t raddle_plan_num_cuts(int64_t count) {
+    return count & (((int64_t)1 << RADDLE_PLAN_CUT_BITS) - 1);
+}
+
+RADDLE_PLAN_FUNCTION int32_t raddle_plan_num_merges(int64_t count) {
+    return (int32_t)(count >> RADDLE_PLAN_CUT_BITS);
+}
+
+/* What boundary k, a cut, adds. */
+RADDLE_PLAN_FUNCTION int64_t raddle_plan_cuts_at(const raddle_attention_plan_params *p,
+                                                 const raddle_plan_shape *shape,
+                                                 const raddle_plan_boundary *bounds, int32_t k) {
+    const bool is_first = bounds[k - 1].item != bounds[k].item || bounds[k - 1].used == 0;
+    int64_t cuts = 1;
+    if (p->fixed_chunk > 0) {
+        const raddle_plan_place at = raddle_plan_place_of(shape, bounds[k].item);
+        const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+        cuts = is_first ? raddle_plan_chunks(p, &item, item.kv_end - item.kv_begin) - 1 : 0;
+    }
+    return cuts + ((int64_t)is_first << RADDLE_PLAN_CUT_BITS);
+}
+
+/* Fills counts; returns them at the end. Boundaries that are equal hold an empty share. */
 RADDLE_PLAN_FUNCTION int64_t raddle_plan_count_cuts(const raddle_attention_plan_params *p,
+                                                    const raddle_plan_shape *shape,
                                                     const raddle_plan_boundary *bounds,
                                                     const raddle_plan_space *space, int32_t thread,
                                                     int32_t threads) {
@@ -218,20 +257,15 @@ RADDLE_PLAN_FUNCTION int64_t raddle_plan_count_cuts(const raddle_attention_plan_
     const int64_t first = (int64_t)per_thread * thread;
     const int64_t end = raddle_plan_clamp(first + per_thread, 0, boundaries);
     int64_t sum = 0, total = 0;
-    for (int64_t pass = 0; pass < 2; pass++) {
-        for (int64_t k = first; k < end; k++) {
-            if (raddle_plan_is_cut(bounds, (int32_t)k)) { /* boundary 0 never is */
-                const bool is_first =
-                    bounds[k - 1].item != bounds[k].item || bounds[k - 1].used == 0;
-                sum += 1 + ((int64_t)is_first << 32);
-            }
-            if (pass == 1) {
-                space->counts[k] = sum;
-            }
+    for (int64_t k = first; k < end; k++) {
+        if (raddle_plan_is_cut(bounds, (int32_t)k)) { /* boundary 0 never is */
+            sum += raddle_plan_cuts_at(p, shape, bounds, (int32_t)k);
         }
-        if (pass == 0) {
-            sum = raddle_plan_scan(space->partial, sum, thread, threads, &total);
-        }
+        space->counts[k] = sum;
+    }
+    const int64_t before = raddle_plan_scan(space->partial, sum, thread, threads, &total);
+    for (int64_t k = first; k < end; k++) {
+        space->counts[k] += before;
     }
     RADDLE_PLAN_SYNC(); /* the counts are written -> everybody reads them */
     return total;
@@ -295,8 +329,23 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_merge(const raddle_attention_plan_pa
     p->merges[index] = merge;
 }
 
-/* The piece that ends at boundary k, a cut. Segments before it: one per item before its own and
- * one per cut before k; partials before it: one per cut, and one per cut item before its own. */
+/* The first segment behind boundary k. Before it lie one per item before its own, and the cuts. */
+RADDLE_PLAN_FUNCTION int32_t raddle_plan_segment_at(const raddle_attention_plan_params *p,
+                                                    const raddle_plan_shape *shape,
+                                                    const raddle_plan_boundary *bounds,
+                                                    const int64_t *counts, int32_t k) {
+    int32_t index = bounds[k].item + (int32_t)raddle_plan_num_cuts(counts[k]);
+    if (p->fixed_chunk > 0 && bounds[k].used > 0) { /* less the chunks behind the boundary */
+        const raddle_plan_place at = raddle_plan_place_of(shape, bounds[k].item);
+        const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+        index -= raddle_plan_chunks(p, &item, item.kv_end - item.kv_begin) - 1;
+        index += raddle_plan_chunks(p, &item, bounds[k].used);
+    }
+    return index;
+}
+
+/* The piece that ends at boundary k, a cut. Partials before it: one per cut, and one per cut item
+ * before its own. */
 RADDLE_PLAN_FUNCTION void raddle_plan_write_piece(const raddle_attention_plan_params *p,
                                                   const raddle_plan_shape *shape,
                                                   const raddle_plan_boundary *bounds,
@@ -304,12 +353,29 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_piece(const raddle_attention_plan_pa
     const raddle_plan_boundary end = bounds[k], before = bounds[k - 1];
     const raddle_plan_place at = raddle_plan_place_of(shape, end.item);
     const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
-    const int32_t cuts = (int32_t)counts[k] - 1, merge = (int32_t)(counts[k] >> 32) - 1;
+    const int32_t cuts = (int32_t)raddle_plan_num_cuts(counts[k]) - 1;
+    const int32_t merge = raddle_plan_num_merges(counts[k]) - 1;
     raddle_plan_write_segment(p, &item, before.item == end.item ? before.used : 0, end.used,
                               end.item + cuts, cuts + merge, merge);
 }
 
-/* All of an item that is not cut; else its last piece, and its merge. */
+/* All chunks of a cut item. */
+RADDLE_PLAN_FUNCTION void raddle_plan_write_chunks(const raddle_attention_plan_params *p,
+                                                   const raddle_plan_item *item, int32_t index,
+                                                   int32_t slot, int32_t merge) {
+    const int32_t tokens = item->kv_end - item->kv_begin;
+    int32_t begin = 0;
+    while (begin < tokens) {
+        const int32_t left_of_chunk =
+            p->fixed_chunk -
+            (int32_t)((uint32_t)(item->kv_begin + begin) % (uint32_t)p->fixed_chunk);
+        const int32_t end = left_of_chunk < tokens - begin ? begin + left_of_chunk : tokens;
+        raddle_plan_write_segment(p, item, begin, end, index++, slot++, merge);
+        begin = end;
+    }
+}
+
+/* All of an item that is not cut; else its last piece (or all its chunks), and its merge. */
 RADDLE_PLAN_FUNCTION void raddle_plan_write_item(const raddle_attention_plan_params *p,
                                                  const raddle_plan_shape *shape,
                                                  const raddle_plan_boundary *bounds,
@@ -319,17 +385,22 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_item(const raddle_attention_plan_par
     const int32_t tokens = item.kv_end - item.kv_begin;
     const int64_t before = counts[raddle_plan_last_bound(bounds, p->num_workers, index)];
     int32_t last = raddle_plan_last_bound(bounds, p->num_workers, index + 1);
-    const int32_t first_cuts = (int32_t)before, cuts = (int32_t)counts[last];
-    if (first_cuts == cuts) {
+    const int32_t first_cuts = (int32_t)raddle_plan_num_cuts(before);
+    const int32_t cuts = (int32_t)raddle_plan_num_cuts(counts[last]);
+    const int32_t merge = raddle_plan_num_merges(before);
+    if (merge == raddle_plan_num_merges(counts[last])) {
         raddle_plan_write_segment(p, &item, 0, tokens, index + cuts, -1, -1);
         return;
     }
-    while (bounds[last].item > index) { /* boundaries at the item's end */
-        last--;
+    if (p->fixed_chunk > 0) {
+        raddle_plan_write_chunks(p, &item, index + first_cuts, first_cuts + merge, merge);
+    } else {
+        while (bounds[last].item > index) { /* boundaries at the item's end */
+            last--;
+        }
+        raddle_plan_write_segment(p, &item, bounds[last].used, tokens, index + cuts, cuts + merge,
+                                  merge);
     }
-    const int32_t merge = (int32_t)(before >> 32);
-    raddle_plan_write_segment(p, &item, bounds[last].used, tokens, index + cuts, cuts + merge,
-                              merge);
     raddle_plan_write_merge(p, &item, merge, first_cuts + merge, cuts - first_cuts + 1);
 }
 
@@ -343,7 +414,7 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_header(const raddle_attention_plan_p
     header.num_merges = merges;
     header.num_slots = slots;
     header.num_qo_tokens = p->batch * p->qo_len;
-    header.fixed_chunk = 0;
+    header.fixed_chunk = p->fixed_chunk;
     header.reserved = 0;
     *p->header = header;
 }
@@ -353,11 +424,18 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write(const raddle_attention_plan_params *
                                             const raddle_plan_boundary *bounds,
                                             const raddle_plan_space *space, int32_t thread,
                                             int32_t threads) {
-    const int64_t total = raddle_plan_count_cuts(p, bounds, space, thread, threads);
-    const int32_t cuts = (int32_t)total, merges = (int32_t)(total >> 32);
+    int64_t total = raddle_plan_count_cuts(p, shape, bounds, space, thread, threads);
+    if (raddle_plan_num_cuts(total) + raddle_plan_num_merges(total) > p->max_slots) {
+        /* Requests that share pages, which lengths that lie can do, may have more chunks than there
+         * is memory for: nothing is cut then. */
+        bounds = space->bounds + RADDLE_PLAN_WHOLE * (p->num_workers + 1);
+        total = raddle_plan_count_cuts(p, shape, bounds, space, thread, threads);
+    }
+    const int32_t cuts = (int32_t)raddle_plan_num_cuts(total);
+    const int32_t merges = raddle_plan_num_merges(total);
     for (int32_t k = thread; k <= p->num_workers; k += threads) {
-        p->worker_indptr[k] = bounds[k].item + (int32_t)space->counts[k];
-        if (k > 0 && raddle_plan_is_cut(bounds, k)) {
+        p->worker_indptr[k] = raddle_plan_segment_at(p, shape, bounds, space->counts, k);
+        if (k > 0 && p->fixed_chunk == 0 && raddle_plan_is_cut(bounds, k)) {
             raddle_plan_write_piece(p, shape, bounds, space->counts, k);
         }
         /* The worker before the first boundary at the end is the last that has something. */
@@ -404,7 +482,8 @@ RADDLE_PLAN_FUNCTION void raddle_plan_batch(const raddle_attention_plan_params *
                  raddle_plan_sum_kinds(p, &shape, 0, space.partial, space.prefix, thread, threads);
     shape.tokens = shape.cost - (int64_t)shape.items * p->segment_cost;
     /* As the planner on the host: an idle worker is worth starting for half a segment's price. */
-    const int64_t least = p->segment_cost / 2 > p->tile_kv ? p->segment_cost / 2 : p->tile_kv;
+    const int32_t grain = raddle_plan_grain(p), price = p->segment_cost;
+    const int64_t least = price / 2 > grain ? price / 2 : grain;
     const int64_t useful = shape.tokens / least > shape.items ? shape.tokens / least : shape.items;
     shape.max_workers = (int32_t)raddle_plan_clamp(useful, 1, p->num_workers);
     raddle_plan_fit_own(p, &shape, &space, thread, threads);

@@ -50,11 +50,11 @@ typedef struct raddle_plan_boundary {
 
 /* What the threads share. */
 typedef struct raddle_plan_space {
-    int64_t *prefix;  /* [kinds + 1] cost of the kinds before, each counted once */
-    int64_t *shares;  /* [num_workers + 1] workers of the kinds before, for OWN */
-    int64_t *partial; /* [2 * threads] */
-    int64_t *counts;  /* [num_workers + 1] up to boundary k: cuts, and cut items << 32 */
-    long long *worst; /* [CANDIDATES] cost of the largest share */
+    int64_t *prefix;              /* [kinds + 1] cost of the kinds before, each counted once */
+    int64_t *shares;              /* [num_workers + 1] workers of the kinds before, for OWN */
+    int64_t *partial;             /* [2 * threads] */
+    int64_t *counts;              /* [num_workers + 1] up to boundary k: raddle_plan_count_cuts */
+    long long *worst;             /* [CANDIDATES] cost of the largest share */
     raddle_plan_boundary *bounds; /* [CANDIDATES, num_workers + 1] */
     int32_t *probe;               /* [1] */
 } raddle_plan_space;
@@ -141,6 +141,11 @@ RADDLE_PLAN_FUNCTION void raddle_plan_read_request(const raddle_attention_plan_p
 }
 
 /* ------------------------------------------------------------------ kinds and items */
+
+/* Items are cut at multiples of it. */
+RADDLE_PLAN_FUNCTION int32_t raddle_plan_grain(const raddle_attention_plan_params *p) {
+    return p->fixed_chunk > 0 ? p->fixed_chunk : p->tile_kv;
+}
 
 typedef struct raddle_plan_item {
     int32_t request, head;

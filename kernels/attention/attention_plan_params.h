@@ -32,8 +32,10 @@ typedef struct raddle_attention_plan_params {
     int32_t tile_rows, tile_kv;
     int32_t num_workers, segment_cost;
     int32_t causal, window_left; /* window_left negative: none */
+    int32_t fixed_chunk;         /* 0: balanced */
+    int32_t max_slots;           /* that there is memory for */
     int32_t reserved;
 } raddle_attention_plan_params;
-RADDLE_ASSERT_SIZE(raddle_attention_plan_params, 11 * 8 + 14 * 4);
+RADDLE_ASSERT_SIZE(raddle_attention_plan_params, 11 * 8 + 16 * 4);
 
 #endif

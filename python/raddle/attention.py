@@ -231,7 +231,7 @@ class BatchDecode(_PagedAttention):
         or copied back, and the call may be captured, after one outside the capture. A replay plans
         from what the same memory holds by then, the batch's size stays; a run outside the graph
         needs a plan() outside (StateError). Lengths and offsets are clamped to the table and to
-        max_pages. Not with fixed_chunk (UnsupportedError). The CPU plans as ever."""
+        max_pages. The CPU plans as ever."""
         self._plan.update(
             None, indptr, indices, last_page_len, block_table, seq_lens, stream, on_device
         )

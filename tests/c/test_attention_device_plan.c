@@ -72,6 +72,8 @@ static device_plan *open_device_plan(const problem *like, int32_t qo_len) {
         .segment_cost = like->config.segment_cost,
         .causal = like->config.causal,
         .window_left = like->spec.window_left,
+        .fixed_chunk = like->spec.fixed_chunk,
+        .max_slots = (int32_t)result->limits.max_slots,
     };
     return plan;
 }
@@ -141,7 +143,11 @@ static int64_t makespan(const problem *p) {
     for (int32_t w = 0; w < p->config.num_workers; w++) {
         int64_t share = 0;
         for (int32_t i = s->worker_indptr[w]; i < s->worker_indptr[w + 1]; i++) {
-            share += s->segments[i].kv_end - s->segments[i].kv_begin + p->config.segment_cost;
+            const raddle_attention_segment *segment = &s->segments[i];
+            const bool goes_on = i > s->worker_indptr[w] && segment->merge >= 0 &&
+                                 segment->merge == segment[-1].merge; /* of chunks */
+            share += segment->kv_end - segment->kv_begin;
+            share += goes_on ? 0 : p->config.segment_cost;
         }
         most = share > most ? share : most;
     }
@@ -178,6 +184,7 @@ static void test_random_batches(void) {
         p.config.causal = random_below(2);
         p.spec.window_left = random_below(3) == 0 ? random_below(200) : -1;
         p.spec.page_size = 1 << random_below(6);
+        p.spec.fixed_chunk = random_below(3) == 0 ? 64 * (1 + random_below(4)) : 0;
         open_problem(&p);
         const int32_t batch = random_below(40), qo_len = random_below(3) ? 1 : random_below(50);
         for (int32_t i = 0; i < batch; i++) {
@@ -246,6 +253,40 @@ static void test_shares_are_as_even_as_the_hosts(void) {
     CHECK(sum / count <= 1.01);
 }
 
+/* A cut item is cut at every chunk, so that partials do not depend on the rest of the batch. */
+static void test_fixed_chunks(void) {
+    double sum = 0.0;
+    enum { ROUNDS = 60 };
+    for (int round = 0; round < ROUNDS; round++) {
+        problem p;
+        start(&p, 132, 4, 1 + random_below(8), 1, 4, 16, 100);
+        p.spec.max_qo_len = 1;
+        p.spec.max_qo_tokens = MAX_BATCH;
+        p.spec.fixed_chunk = 64 << random_below(4);
+        p.spec.window_left = random_below(2) ? 1000 + random_below(1000) : -1;
+        open_problem(&p);
+        const int32_t batch = 1 + random_below(40);
+        for (int32_t i = 0; i < batch; i++) {
+            add(&p, 1, random_below(10000));
+        }
+        device_plan *plan = open_device_plan(&p, 1);
+        lay_out(&p, plan);
+        build_on_device(plan, batch);
+        const problem *result = &plan->result;
+        check_coverage(result);
+        for (int32_t i = 0; i < result->header.num_segments; i++) {
+            const raddle_attention_segment *segment = &result->schedule.segments[i];
+            CHECK(segment->slot < 0 || segment->kv_begin / p.spec.fixed_chunk ==
+                                           (segment->kv_end - 1) / p.spec.fixed_chunk);
+        }
+        CHECK_INT(result->header.fixed_chunk, p.spec.fixed_chunk);
+        close_device_plan(plan);
+        sum += compare(&p, 1);
+        close_problem(&p);
+    }
+    CHECK(sum / ROUNDS <= 1.02);
+}
+
 static void test_many_kinds(void) {
     /* More than fit in shared memory, long rows of tiles. */
     problem p;
@@ -288,6 +329,10 @@ static void test_lengths_that_lie(void) {
         start(&p, 1 + random_below(140), 2, 3, 1, 8, 16, random_below(100));
         p.spec.page_size = 1 + random_below(70);
         p.spec.window_left = random_below(3) == 0 ? random_below(200) : -1;
+        p.spec.fixed_chunk = random_below(2) == 0 ? 64 : 0;
+        p.spec.max_pages = 300;
+        p.spec.max_batch = 20;
+        p.spec.max_qo_len = 5;
         open_problem(&p);
         device_plan *plan = open_device_plan(&p, 1 + random_below(5));
         const int32_t batch = random_below(20), entries = random_below(300);
@@ -354,6 +399,7 @@ static void test_threads(void) {
 int main(void) {
     test_random_batches();
     test_shares_are_as_even_as_the_hosts();
+    test_fixed_chunks();
     test_many_kinds();
     test_block_table();
     test_lengths_that_lie();
