@@ -87,6 +87,14 @@ __getattr__ = refuser(
     "get_norm_module",
     "rmsnorm_fp4quant",
     "rmsnorm_sigmoid_gate",
-    "supports_gated_residual_next_rmsnorm",
-    "supports_gated_residual_rmsnorm",
 )
+
+
+def _supports_nothing(*args, **kwargs):
+    """False: raddle has no such kernel."""
+    return False
+
+
+supports_gated_residual_next_rmsnorm = _supports_nothing
+supports_gated_residual_rmsnorm = _supports_nothing
+supports_rmsnorm_sigmoid_gate = _supports_nothing
