@@ -36,8 +36,79 @@ def check_attention(rng, **case):
     assert_close(got, batch.expected(causal=case.get("qo_lens") is not None)[0], "bfloat16")
 
 
+VARIANT = """
+float raddle_variant_logit(const raddle_variant *v, const raddle_row *row, int32_t kv_index,
+                           float logit) {
+    return logit + v->bias.data[row->qo_head * v->bias.stride[0] + kv_index];
+}
+bool raddle_variant_mask(const raddle_variant *v, const raddle_row *row, int32_t kv_index) {
+    return kv_index % 3 != 1;
+}
+raddle_pair raddle_variant_key(const raddle_variant *v, const raddle_key *key, int32_t dim,
+                               raddle_pair x) {
+    return x;
+}
+"""
+
+
+def check_variants(rng):
+    """The hooks and 8-bit K/V: numbers are compared elsewhere, here nothing may go astray."""
+    variant = raddle.Variant("biased", VARIANT, tensors=["bias"])
+    bias = put(rng.standard_normal((8, 300)).astype(np.float32))
+    sinks = put(rng.standard_normal(8).astype(np.float32))
+    built_ins = dict(logits_soft_cap=4.0, sinks=True)
+    for kv_dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        for spec, run in (
+            (dict(built_ins, pos_encoding="ROPE"), dict(sinks=sinks)),
+            (dict(built_ins, pos_encoding="ALIBI"), dict(sinks=sinks)),
+            (dict(variant=variant), dict(variant_args=dict(bias=bias))),
+            (dict(weights="sigmoid"), {}),
+        ):
+            check_variant(rng, kv_dtype, spec, run)
+
+
+def check_variant(rng, kv_dtype, spec, run):
+    heads = dict(num_qo_heads=8, num_kv_heads=2, head_dim=64)
+    batch = Batch(rng, [0, 1, 17, 300], **heads)
+    cache = batch.kv_cache
+    if kv_dtype != "bfloat16":
+        cache = (rng.integers(0, 60, cache.shape)).astype(np.uint8)
+    for qo_len in (1, 4, 20):
+        plan = (
+            BatchPrefill(
+                max_qo_tokens=4 * qo_len,
+                max_qo_len=qo_len,
+                page_size=16,
+                max_batch=4,
+                max_pages=40,
+                kv_dtype=kv_dtype,
+                device="cuda",
+                **heads,
+                **spec,
+            )
+            if qo_len > 1
+            else BatchDecode(
+                page_size=16,
+                max_batch=4,
+                max_pages=40,
+                kv_dtype=kv_dtype,
+                device="cuda",
+                **heads,
+                **spec,
+            )
+        )
+        table = (batch.indptr, batch.indices, batch.last_page_len)
+        if qo_len > 1:
+            plan.plan(np.arange(5, dtype=np.int32) * qo_len, *table)
+        else:
+            plan.plan(*table)
+        q = put(np.full((4 * qo_len, 8, 64), 0x3F80, np.uint16), "bfloat16")
+        plan.run(q, put(cache, kv_dtype), **run)
+
+
 def main():
     rng = np.random.default_rng(0)
+    check_variants(rng)
     for head_dim in (64, 80, 128, 256):
         check_attention(rng, head_dim=head_dim)
         check_attention(rng, head_dim=head_dim, qo_lens=[2, 1, 5, 70])

@@ -32,11 +32,10 @@ enum {
      * any), but 2 heads start half as many segments as 1 when requests are many. */
     DECODE_HEADS_PER_ITEM = 2,
     DECODE_MIN_ITEMS = 1024,
-    /* What one SM would have read in the time that a cut costs, and what an uneven end costs less
-     * than it seems, since the SMs that are left read faster: 16 x 8192 takes 181 us with 160 or
-     * 320 KB and 185 with 80, which cuts 128 whole items for 132 SMs; one 65536 + 63 x 512 143 us
-     * with 80 KB, 146 with 160, 154 with 320. */
-    DECODE_SEGMENT_BYTES = 128 * 1024,
+    /* What one SM would have read in the time that a segment costs: one 65536 + 63 x 512 takes 143
+     * us with 80 KB, 149 with 128, 154 with 320; 16 x 8192, where 132 SMs get cut pieces of 128
+     * items, 185, 181 and 181. 64 x 1024 takes 96 with 80 and 99 with 40. */
+    DECODE_SEGMENT_BYTES = 80 * 1024,
     /* A cut costs a prefill worker about one tile of K/V: first loads, partials of all rows, merge.
      */
     PREFILL_SEGMENT_COST = RADDLE_PREFILL_TILE_KV,
@@ -115,7 +114,7 @@ static void define_common(const raddle_attention_config *config, raddle_attentio
 /* ---------------------------------------------------------------- decode */
 
 typedef struct decode_shape {
-    int32_t row_tiles, stages, ctas_per_sm;
+    int32_t row_tiles, stages, halves, ctas_per_sm;
     int32_t q_quads; /* of 16 bytes, per lane and row tile */
     bool q_in_shared;
 } decode_shape;
@@ -142,8 +141,10 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
     const int32_t work = count_work_registers(config);
     shape->ctas_per_sm = 1;
     shape->q_in_shared = false;
+    shape->halves = 1;
     if (is_fp8(config) && 4 * tile + out + q + work <= DECODE_REGISTERS) {
-        shape->stages = 4;
+        shape->halves = 2;
+        shape->stages = 2;
         return true;
     }
     if (2 * tile + out + q + work <= DECODE_REGISTERS) {
@@ -154,8 +155,9 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
         return true;
     }
     shape->stages = 1;
-    const int32_t held = has_pairs(config) ? 8 * k_chunks : tile; /* V_LATE in the kernel */
-    shape->q_in_shared = has_pairs(config) || held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
+    const bool v_late = has_pairs(config) || each_logit(config); /* as in the kernel */
+    const int32_t held = v_late ? 8 * k_chunks : tile;
+    shape->q_in_shared = v_late || held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
     return held + out + work <= DECODE_REGISTERS_ONE_STAGE;
 }
 
@@ -215,6 +217,7 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
     define_int(choice->config, "HEADS_PER_ITEM", heads);
     define_int(choice->config, "ROW_TILES", shape.row_tiles);
     define_int(choice->config, "STAGES", shape.stages);
+    define_int(choice->config, "HALVES", shape.halves);
     define(choice->config, "Q_IN_SHARED", shape.q_in_shared ? "true" : "false");
     return true;
 }

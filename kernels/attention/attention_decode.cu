@@ -4,7 +4,7 @@
  * What      out and lse of the schedule's segments: up to 8 * ROW_TILES packed rows (query heads of
  *           a group x query tokens) against a K/V range, for HEADS neighbouring K/V heads.
  * Grid      one CTA per worker of the schedule; it walks its segments. Block: 8 warps, HEADS heads
- *           x WARPS_PER_HEAD; the warps of a head take tiles of 16 tokens in turn.
+ *           x WARPS_PER_HEAD; the warps of a head take tiles of 16 or 32 tokens in turn.
  * Idea      a decode step reads every K and V byte once, so nothing is staged: a warp loads a tile
  *           from global memory straight into mma fragments, S^T[16 tokens x 8 rows] = K Q^T and
  *           O^T[dims x 8 rows] = V^T P^T. Pages, strides and gathers only change an address: lane t
@@ -32,7 +32,7 @@ using namespace raddle;
 constexpr bool PREFETCH =
     !Q_IN_SHARED && !PAIRS; /* the next piece's first tile: where registers are left for it */
 constexpr bool V_LATE =
-    STAGES == 1 && PAIRS; /* V is loaded when K is used up: what is made of K needs registers */
+    STAGES == 1 && (PAIRS || EACH_LOGIT); /* V is loaded when K is used up: hooks need registers */
 constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 
 /* Notes down the piece that starts at token begin of a segment, and what this lane needs to read
@@ -117,8 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         return;
     }
 
-    tile a, more_tiles[STAGES > 2 ? STAGES - 1 : 1]; /* a, and those that follow it when they are
-                                                        more than two */
+    tile a;
     const auto load = [&](tile &t) {
         t.valid = next_tile(p, notes, lane, look);
         load_k(t, notes, g, j);
@@ -136,16 +135,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             load(a);
         } else {
             clear(a);
-        }
-        if constexpr (STAGES > 2) {
-#pragma unroll
-            for (int x = 0; x < STAGES - 2; x++) {
-                if (tile_of_warp + (x + 1) * WARPS_PER_HEAD < at.num_tiles) {
-                    load(more_tiles[x]);
-                } else {
-                    clear(more_tiles[x]);
-                }
-            }
         }
         same_segment = at.end < at.segment.kv_end;
         more = same_segment || at.index + 1 < end_segment;
@@ -175,8 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         return begin;
     };
     /* Weights of a tile's tokens from their scores. */
-    const auto weigh = [&](float(&s)[ROW_TILES][4], unsigned valid, int32_t base,
-                           accumulator &acc) {
+    const auto weigh = [&](scores &s, unsigned valid, int32_t base, accumulator &acc) {
         const piece &at = notes.pieces[which];
         if constexpr (SCALED_ROWS) {
             scale_rows(notes, j, s);
@@ -193,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         }
     };
     const auto compute = [&](const tile &t, int32_t number, accumulator &acc) {
-        float s[ROW_TILES][4];
+        scores s;
         const piece &at = notes.pieces[which];
         const int32_t base = at.begin + TILE * number;
         compute_scores(p, at, t, base, g, j, q, shared_q, s);
@@ -213,29 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         const piece &at = notes.pieces[which];
         accumulator acc;
         clear(acc);
-        if constexpr (STAGES > 2) {
-            constexpr int REST = STAGES - 1;
-            const auto stage = [&](int x) -> tile & { return x == 0 ? a : more_tiles[x - 1]; };
-#pragma unroll 1
-            for (int32_t t = tile_of_warp; t < at.num_tiles; t += STAGES * WARPS_PER_HEAD) {
-#pragma unroll
-                for (int x = 0; x < STAGES; x++) {
-                    const int32_t number = t + x * WARPS_PER_HEAD;
-                    tile &ahead = stage((x + REST) % STAGES);
-                    if (number + REST * WARPS_PER_HEAD < at.num_tiles) {
-                        load(ahead);
-                    } else {
-                        clear(ahead);
-                    }
-                    if (number < at.num_tiles) {
-                        compute(stage(x), number, acc);
-                    }
-                }
-                if (!sent_for_pages) {
-                    send_for_pages();
-                }
-            }
-        } else if constexpr (STAGES == 2) {
+        if constexpr (STAGES == 2) {
 #pragma unroll 1
             for (int32_t t = tile_of_warp; t < at.num_tiles; t += 2 * WARPS_PER_HEAD) {
                 tile b;
@@ -261,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             for (int32_t t = tile_of_warp; t < at.num_tiles; t += WARPS_PER_HEAD) {
                 const bool has_next = t + WARPS_PER_HEAD < at.num_tiles;
                 const unsigned valid = a.valid;
-                float s[ROW_TILES][4];
+                scores s;
                 compute_scores(p, at, a, at.begin + TILE * t, g, j, q, shared_q, s);
                 if (V_LATE) {
                     load_v(a, notes, g, j);

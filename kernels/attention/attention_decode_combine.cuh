@@ -37,31 +37,29 @@ __device__ __forceinline__ void clear(accumulator &acc) {
 }
 
 /* Back from the range of f16 that q was brought into. */
-__device__ __forceinline__ void scale_rows(const warp_notes &notes, int j,
-                                           float (&s)[ROW_TILES][4]) {
+__device__ __forceinline__ void scale_rows(const warp_notes &notes, int j, scores &s) {
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-#pragma unroll
-        for (int x = 0; x < 4; x++) {
-            s[n][x] *= notes.row_scale[RADDLE_DECODE_ROWS * n + 2 * j + x % 2];
-        }
+    for (int x = 0; x < ROW_TILES * HALVES * 4; x++) {
+        const int n = x / (HALVES * 4);
+        s[n][x / 4 % HALVES][x % 4] *= notes.row_scale[RADDLE_DECODE_ROWS * n + 2 * j + x % 2];
     }
 }
 
 /* Tokens that are not there, or that a row does not see. Only tiles at a boundary come here. */
 __device__ __forceinline__ void mask_scores(const warp_notes &notes, int32_t base, unsigned valid,
-                                            int g, int j, float (&s)[ROW_TILES][4]) {
+                                            int g, int j, scores &s) {
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const key_range keys = notes.keys[RADDLE_DECODE_ROWS * n + 2 * j + c];
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
+            for (int r = 0; r < 2 * HALVES; r++) {
                 const int32_t token = base + g + 8 * r;
                 const bool seen =
                     (valid >> (g + 8 * r) & 1u) && token >= keys.begin && token < keys.end;
-                s[n][2 * r + c] = seen ? s[n][2 * r + c] : negative_infinity();
+                float &x = s[n][r / 2][2 * (r % 2) + c];
+                x = seen ? x : negative_infinity();
             }
         }
     }
@@ -72,7 +70,7 @@ __device__ __forceinline__ void mask_scores(const warp_notes &notes, int32_t bas
 __device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
                                               const warp_notes &notes, const piece &at,
                                               int32_t base, unsigned valid, int g, int j,
-                                              float (&s)[ROW_TILES][4]) {
+                                              scores &s) {
     const int32_t rows = at.segment.row_end - at.segment.row_begin;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
@@ -82,42 +80,44 @@ __device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
             const key_range keys = notes.keys[number];
             const raddle_row row = row_of(p, at.segment, at.head, at.segment.row_begin + number);
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
+            for (int r = 0; r < 2 * HALVES; r++) {
                 const int32_t token = base + g + 8 * r;
-                float x = s[n][2 * r + c] * at.scale;
+                float x = s[n][r / 2][2 * (r % 2) + c] * at.scale;
                 const bool seen = (valid >> (g + 8 * r) & 1u) && number < rows &&
                                   token >= keys.begin && token < keys.end &&
                                   finish_logit(p, row, token, x);
-                s[n][2 * r + c] = seen ? x : negative_infinity();
+                s[n][r / 2][2 * (r % 2) + c] = seen ? x : negative_infinity();
             }
         }
     }
 }
 
 /* Without a softmax: weights as they are, the sum counts the keys. */
-__device__ __forceinline__ void count_weights(float (&s)[ROW_TILES][4], accumulator &acc) {
+__device__ __forceinline__ void count_weights(scores &s, accumulator &acc) {
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-#pragma unroll
-        for (int x = 0; x < 4; x++) {
-            const bool seen = s[n][x] != negative_infinity();
-            acc.sum[n][x % 2] += seen ? 1.0f : 0.0f;
-            s[n][x] = seen ? s[n][x] : 0.0f;
-        }
+    for (int i = 0; i < ROW_TILES * HALVES * 4; i++) {
+        float &x = s[i / (HALVES * 4)][i / 4 % HALVES][i % 4];
+        const bool seen = x != negative_infinity();
+        acc.sum[i / (HALVES * 4)][i % 2] += seen ? 1.0f : 0.0f;
+        x = seen ? x : 0.0f;
     }
 }
 
 /* Turns scores into weights relative to the running maximum, which moves (and everything summed so
  * far with it) only when some row of the tile has a larger one. */
-__device__ __forceinline__ void update_softmax(float scale, float (&s)[ROW_TILES][4],
-                                               accumulator &acc) {
+__device__ __forceinline__ void update_softmax(float scale, scores &s, accumulator &acc) {
     float top[ROW_TILES][2];
     bool larger = false;
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            top[n][c] = fmaxf(s[n][c] * scale, s[n][2 + c] * scale); /* a scale may be negative */
+            top[n][c] = negative_infinity();
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) { /* a scale may be negative */
+                const float most = fmaxf(s[n][h][c] * scale, s[n][h][2 + c] * scale);
+                top[n][c] = h == 0 ? most : fmaxf(top[n][c], most);
+            }
             larger = larger || top[n][c] > acc.max[n][c];
         }
     }
@@ -142,9 +142,12 @@ __device__ __forceinline__ void update_softmax(float scale, float (&s)[ROW_TILES
     for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            s[n][c] = exp2_fast(fmaf(s[n][c], scale, -acc.max[n][c]));
-            s[n][2 + c] = exp2_fast(fmaf(s[n][2 + c], scale, -acc.max[n][c]));
-            acc.sum[n][c] += s[n][c] + s[n][2 + c];
+#pragma unroll
+            for (int h = 0; h < HALVES; h++) {
+                s[n][h][c] = exp2_fast(fmaf(s[n][h][c], scale, -acc.max[n][c]));
+                s[n][h][2 + c] = exp2_fast(fmaf(s[n][h][2 + c], scale, -acc.max[n][c]));
+                acc.sum[n][c] += s[n][h][c] + s[n][h][2 + c];
+            }
         }
     }
 }

@@ -7,6 +7,7 @@
  *       of elements are looked at together (rotary), it holds chunk and chunk + half a row instead.
  * V     lane (g, j) holds chunks 8 i + g of tokens 2j, 2j + 1, 2j + 8, 2j + 9; two dims of the four
  *       tokens are an A fragment.
+ * Half  a tile is 16 tokens, or two times 16 where 8-bit rows leave registers for it.
  * 8 bit K and V become f16 in registers, exactly, and q with them: each of its rows is scaled by a
  *       power of two into f16's range, which the scores are multiplied back with.
  */
@@ -43,9 +44,10 @@ constexpr bool Q_IN_SHARED = RADDLE_Q_IN_SHARED;
 constexpr int WARPS = RADDLE_DECODE_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int WARPS_PER_HEAD = WARPS / HEADS;
-constexpr int TILE = RADDLE_DECODE_TILE_KV;
+constexpr int HALVES = RADDLE_HALVES; /* of a tile, 16 tokens each */
+constexpr int TILE = 16 * HALVES;
 constexpr int STEP = TILE * WARPS_PER_HEAD; /* tokens between two tiles of a warp */
-constexpr unsigned ALL_TOKENS = 0xffffu;
+constexpr unsigned ALL_TOKENS = HALVES == 1 ? 0xffffu : 0xffffffffu;
 constexpr int32_t RAGGED_PAGE = 0x7fffffff; /* ragged K/V: one page without an end */
 
 constexpr int ELEMENTS = 16 / sizeof(kv_type); /* of a chunk */
@@ -63,15 +65,15 @@ static_assert(WARPS % HEADS == 0, "heads_per_item must divide the warps");
 static_assert(HEAD_DIM_QK % (ELEMENTS * TOGETHER) == 0 && HEAD_DIM_VO % ELEMENTS == 0,
               "rows are read in whole chunks");
 static_assert(HEAD_DIM_QK <= 256 && HEAD_DIM_VO <= 256, "zeros below holds one row");
-static_assert(STAGES >= 1 && STAGES <= 4, "tiles in registers");
+static_assert(STAGES == 1 || STAGES == 2, "tiles in registers");
 
 /* What a token outside the range or the pool reads instead. */
 __device__ uint4 zeros[32];
 
 struct tile {
-    uint4 k[2][K_CHUNKS]; /* tokens g, g + 8 */
-    uint4 v[4][V_CHUNKS]; /* tokens 2j, 2j + 1, 2j + 8, 2j + 9 */
-    unsigned valid;       /* bit t: token t is there */
+    uint4 k[2 * HALVES][K_CHUNKS]; /* tokens g, g + 8, of the second half too */
+    uint4 v[4 * HALVES][V_CHUNKS]; /* tokens 2j, 2j + 1, 2j + 8, 2j + 9, likewise */
+    unsigned valid;                /* bit t: token t is there */
 };
 
 __device__ __forceinline__ uint32_t word(const uint4 &chunk, int i) {
@@ -107,10 +109,12 @@ struct piece {
 struct warp_notes {
     alignas(16) raddle_attention_segment next; /* on its way: what this warp works on next */
     int32_t next_page[32];                     /* the same: pages of its first tile, per lane */
-    const char *base[32]; /* per lane. Lanes 0..15: K of the head, lanes 16..31: V */
-    int64_t page_bytes[32];
-    int64_t token_bytes[32];
-    const char *address[32]; /* per lane: its token of the tile at hand */
+    /* Per lane. One half: lanes 0..15 look up K of a token each, lanes 16..31 its V. Two: every lane
+     * K and V of its token. */
+    const char *base[HALVES][32];
+    int64_t page_bytes[HALVES][32];
+    int64_t token_bytes[HALVES][32];
+    const char *address[2 * TILE]; /* of the tile at hand: K of each token, then V */
     const q_type *q_rows[RADDLE_DECODE_ROWS * ROW_TILES]; /* NULL: no such row */
     key_range keys[RADDLE_DECODE_ROWS * ROW_TILES];       /* that the rows see */
     float row_scale[RADDLE_DECODE_ROWS * ROW_TILES];      /* of q, SCALED_ROWS */
@@ -180,25 +184,27 @@ __device__ __forceinline__ void start_lookup(const raddle_attention_params &p,
                                              const raddle_attention_segment &segment, int32_t head,
                                              int32_t first, int32_t end, int lane,
                                              warp_notes &notes, lookup &at) {
-    const bool is_v = lane >= TILE;
-    const int64_t head_stride = is_v ? p.v_stride_head : p.k_stride_head;
-    const int64_t page_stride = is_v ? p.v_stride_page : p.k_stride_page;
-    const int64_t token_stride = is_v ? p.v_stride_token : p.k_stride_token;
-    const char *base =
-        (const char *)(is_v ? p.v : p.k) + head * head_stride * (int64_t)sizeof(kv_type);
+    const int64_t row = p.page_size > 0 ? 0 : segment.kv_origin; /* of ragged K and V */
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+        const bool is_v = HALVES == 1 ? lane >= TILE : h == 1;
+        const int64_t head_stride = is_v ? p.v_stride_head : p.k_stride_head;
+        const int64_t page_stride = is_v ? p.v_stride_page : p.k_stride_page;
+        const int64_t token_stride = is_v ? p.v_stride_token : p.k_stride_token;
+        notes.base[h][lane] = (const char *)(is_v ? p.v : p.k) +
+                              (head * head_stride + row * token_stride) * (int64_t)sizeof(kv_type);
+        notes.page_bytes[h][lane] = page_stride * (int64_t)sizeof(kv_type);
+        notes.token_bytes[h][lane] = token_stride * (int64_t)sizeof(kv_type);
+    }
     find_entry(p, segment, first, lane, at);
     at.end = end;
     at.page = 0;
     if (p.page_size > 0) {
         at.page = (unsigned)at.token < (unsigned)end ? notes.next_page[lane] : -1;
     } else {
-        base += segment.kv_origin * token_stride * (int64_t)sizeof(kv_type);
         /* Rows past the end of K and V: as out of the pool. */
         at.end = (int32_t)min((int64_t)end, max(p.num_pages - segment.kv_origin, (int64_t)0));
     }
-    notes.base[lane] = base; /* read back by the same lane only */
-    notes.page_bytes[lane] = page_stride * (int64_t)sizeof(kv_type);
-    notes.token_bytes[lane] = token_stride * (int64_t)sizeof(kv_type);
 }
 
 /* Notes the address of this lane's token for the warp's tile at hand (zeros when it is not there),
@@ -211,12 +217,15 @@ __device__ __forceinline__ unsigned next_tile(const raddle_attention_params &p, 
         report_page(p, at.page, at.entry);
     }
     const bool there = in_range && in_pool;
-    const char *row =
-        notes.base[lane] + at.page * notes.page_bytes[lane] + at.offset * notes.token_bytes[lane];
     const unsigned valid = __ballot_sync(ALL_LANES, there) & ALL_TOKENS;
     __syncwarp(); /* the warp has read the addresses of the tile before -> they may be overwritten
                    */
-    notes.address[lane] = there ? row : (const char *)zeros;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+        const char *row = notes.base[h][lane] + at.page * notes.page_bytes[h][lane] +
+                          at.offset * notes.token_bytes[h][lane];
+        notes.address[TILE * h + lane] = there ? row : (const char *)zeros;
+    }
     __syncwarp(); /* all lanes' addresses are written -> every lane reads those of its rows */
 
     const int32_t page_size = p.page_size > 0 ? p.page_size : RAGGED_PAGE;
@@ -236,7 +245,7 @@ __device__ __forceinline__ unsigned next_tile(const raddle_attention_params &p, 
 
 __device__ __forceinline__ void load_k(tile &t, const warp_notes &notes, int g, int j) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < 2 * HALVES; r++) {
         const char *row = notes.address[g + 8 * r];
 #pragma unroll
         for (int i = 0; i < K_CHUNKS; i++) {
@@ -251,7 +260,7 @@ __device__ __forceinline__ void load_k(tile &t, const warp_notes &notes, int g, 
 
 __device__ __forceinline__ void load_v(tile &t, const warp_notes &notes, int g, int j) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
+    for (int s = 0; s < 4 * HALVES; s++) {
         const char *row = notes.address[TILE + 2 * j + (s & 1) + 8 * (s >> 1)] + 16 * g;
 #pragma unroll
         for (int i = 0; i < V_CHUNKS; i++) {
@@ -269,12 +278,12 @@ __device__ __forceinline__ void load_v(tile &t, const warp_notes &notes, int g, 
 __device__ __forceinline__ void clear(tile &t) {
     t.valid = 0;
 #pragma unroll
-    for (int i = 0; i < K_CHUNKS; i++) {
-        t.k[0][i] = t.k[1][i] = make_uint4(0, 0, 0, 0);
+    for (int x = 0; x < 2 * HALVES * K_CHUNKS; x++) {
+        t.k[x / K_CHUNKS][x % K_CHUNKS] = make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
-    for (int i = 0; i < V_CHUNKS; i++) {
-        t.v[0][i] = t.v[1][i] = t.v[2][i] = t.v[3][i] = make_uint4(0, 0, 0, 0);
+    for (int x = 0; x < 4 * HALVES * V_CHUNKS; x++) {
+        t.v[x / V_CHUNKS][x % V_CHUNKS] = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -335,7 +344,7 @@ __device__ __forceinline__ void finish_q(const raddle_attention_params &p, const
                     const raddle_pair b = finish_query(p, row, dim + 1, raddle_pair{low.y, high.y});
                     words[i][w] = pack2<q_type>(a.low, b.low);
                     words[i + 1][w] = pack2<q_type>(a.high, b.high);
-                            }
+                }
             }
         }
         if constexpr (SCALED_ROWS) {
@@ -389,44 +398,52 @@ __device__ __forceinline__ void finish_chunks(const raddle_attention_params &p,
     }
 }
 
-/* s[n]: tokens g (0, 1) and g + 8 (2, 3) against rows 2j, 2j + 1. base: the tile's first token. */
+/* Of a row tile and half of the tokens: tokens g (0, 1) and g + 8 (2, 3) against rows 2j, 2j + 1. */
+typedef float scores[ROW_TILES][HALVES][4];
+
+/* base: the tile's first token. */
 __device__ __forceinline__ void compute_scores(const raddle_attention_params &p, const piece &at,
                                                const tile &t, int32_t base, int g, int j,
                                                const uint4 (&q)[ROW_TILES][Q_QUADS],
-                                               const uint4 *shared_q, float (&s)[ROW_TILES][4]) {
+                                               const uint4 *shared_q, scores &s) {
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+    for (int x = 0; x < ROW_TILES * HALVES * 4; x++) {
+        s[x / (HALVES * 4)][x / 4 % HALVES][x % 4] = 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < K_CHUNKS; i += TOGETHER) {
-        uint32_t k[TOGETHER][2][WORDS];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int h = 0; h < HALVES; h++) {
+            uint32_t k[TOGETHER][2][WORDS];
 #pragma unroll
-            for (int c = 0; c < TOGETHER; c++) {
-                unpack_chunk(t.k[r][i + c], k[c][r]);
-            }
-            if constexpr (KEY_PAIRS) {
-                const raddle_key key{at.segment.request, base + g + 8 * r, at.segment.kv_len,
-                                     at.head};
-                if (has_k_chunk(i, j) && (t.valid >> (g + 8 * r) & 1u)) {
-                    finish_chunks(p, key, ELEMENTS * k_chunk(i, j), k[0][r], k[TOGETHER - 1][r]);
+            for (int r = 0; r < 2; r++) {
+#pragma unroll
+                for (int c = 0; c < TOGETHER; c++) {
+                    unpack_chunk(t.k[2 * h + r][i + c], k[c][r]);
+                }
+                if constexpr (KEY_PAIRS) {
+                    const int token = g + 8 * (2 * h + r);
+                    const raddle_key key{at.segment.request, base + token, at.segment.kv_len,
+                                         at.head};
+                    if (has_k_chunk(i, j) && (t.valid >> token & 1u)) {
+                        finish_chunks(p, key, ELEMENTS * k_chunk(i, j), k[0][r],
+                                      k[TOGETHER - 1][r]);
+                    }
                 }
             }
-        }
 #pragma unroll
-        for (int n = 0; n < ROW_TILES; n++) {
+            for (int n = 0; n < ROW_TILES; n++) {
 #pragma unroll
-            for (int x = 0; x < TOGETHER * WORDS; x += 4) { /* a quad of q, two k-steps */
-                const int quad = (i * WORDS + x) / 4;
-                const uint4 b = Q_IN_SHARED ? shared_q[(n * Q_QUADS + quad) * 32] : q[n][quad];
-                const uint32_t(&w)[2][WORDS] = k[x / WORDS];
+                for (int x = 0; x < TOGETHER * WORDS; x += 4) { /* a quad of q, two k-steps */
+                    const int quad = (i * WORDS + x) / 4;
+                    const uint4 b = Q_IN_SHARED ? shared_q[(n * Q_QUADS + quad) * 32] : q[n][quad];
+                    const uint32_t(&w)[2][WORDS] = k[x / WORDS];
 #pragma unroll
-                for (int e = 0; e < 4; e += 2) {
-                    const int c = x % WORDS + e;
-                    mma_m16n8k16<mma_type>(s[n], w[0][c], w[1][c], w[0][c + 1], w[1][c + 1],
-                                           word(b, e), word(b, e + 1));
+                    for (int e = 0; e < 4; e += 2) {
+                        const int c = x % WORDS + e;
+                        mma_m16n8k16<mma_type>(s[n][h], w[0][c], w[1][c], w[0][c + 1], w[1][c + 1],
+                                               word(b, e), word(b, e + 1));
+                    }
                 }
             }
         }
@@ -434,20 +451,22 @@ __device__ __forceinline__ void compute_scores(const raddle_attention_params &p,
 }
 
 /* out[n][DIM_TILES]: dims 2 m, 2 m + 1 of the lane's chunks, as (dim, row) like mma lays them. */
-__device__ __forceinline__ void add_values(const tile &t, const float (&s)[ROW_TILES][4],
+__device__ __forceinline__ void add_values(const tile &t, const scores &s,
                                            float (&out)[ROW_TILES][DIM_TILES][4]) {
-    uint32_t b[ROW_TILES][2];
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-        b[n][0] = movmatrix_trans(pack2<mma_type>(s[n][0], s[n][1]));
-        b[n][1] = movmatrix_trans(pack2<mma_type>(s[n][2], s[n][3]));
-    }
+    for (int h = 0; h < HALVES; h++) {
+        uint32_t b[ROW_TILES][2];
 #pragma unroll
-    for (int i = 0; i < V_CHUNKS; i++) {
+        for (int n = 0; n < ROW_TILES; n++) {
+            b[n][0] = movmatrix_trans(pack2<mma_type>(s[n][h][0], s[n][h][1]));
+            b[n][1] = movmatrix_trans(pack2<mma_type>(s[n][h][2], s[n][h][3]));
+        }
+        const uint4(*v)[V_CHUNKS] = &t.v[4 * h];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const uint32_t x0 = word(t.v[0][i], e), x1 = word(t.v[1][i], e);
-            const uint32_t x2 = word(t.v[2][i], e), x3 = word(t.v[3][i], e);
+        for (int x = 0; x < 4 * V_CHUNKS; x++) {
+            const int i = x / 4, e = x % 4;
+            const uint32_t x0 = word(v[0][i], e), x1 = word(v[1][i], e);
+            const uint32_t x2 = word(v[2][i], e), x3 = word(v[3][i], e);
             /* a[m]: dims 2 m and 2 m + 1 of the word; tokens 2j, 2j + 1, then 2j + 8, 2j + 9. */
             uint32_t a[ELEMENTS / 8][4];
             if constexpr (IS_FP8) {
@@ -463,8 +482,8 @@ __device__ __forceinline__ void add_values(const tile &t, const float (&s)[ROW_T
             for (int m = 0; m < ELEMENTS / 8; m++) {
 #pragma unroll
                 for (int n = 0; n < ROW_TILES; n++) {
-                    mma_m16n8k16<mma_type>(out[n][(4 * i + e) * (ELEMENTS / 8) + m], a[m][0],
-                                           a[m][1], a[m][2], a[m][3], b[n][0], b[n][1]);
+                    mma_m16n8k16<mma_type>(out[n][x * (ELEMENTS / 8) + m], a[m][0], a[m][1],
+                                           a[m][2], a[m][3], b[n][0], b[n][1]);
                 }
             }
         }

@@ -8,7 +8,7 @@
 
 enum {
     RADDLE_DECODE_WARPS = 8,
-    RADDLE_DECODE_TILE_KV = 16, /* tokens that a warp takes at a time */
+    RADDLE_DECODE_TILE_KV = 16, /* tokens that a warp takes at a time, once or twice */
     RADDLE_DECODE_ROWS = 8,     /* rows of one mma tile */
     RADDLE_PREFILL_WARPS = 4,
     RADDLE_PREFILL_TILE_KV = 64,
