@@ -17,16 +17,22 @@ static void wait_for_all(void) {
     }
 }
 
+static void lock_atomics(bool lock) {
+    if (num_threads > 1) {
+        (void)(lock ? pthread_mutex_lock : pthread_mutex_unlock)(&atomics);
+    }
+}
+
 static void keep_larger(long long *to, long long value) {
-    pthread_mutex_lock(&atomics);
+    lock_atomics(true);
     *to = *to > value ? *to : value;
-    pthread_mutex_unlock(&atomics);
+    lock_atomics(false);
 }
 
 static void keep_smaller(int32_t *to, int32_t value) {
-    pthread_mutex_lock(&atomics);
+    lock_atomics(true);
     *to = *to < value ? *to : value;
-    pthread_mutex_unlock(&atomics);
+    lock_atomics(false);
 }
 
 #define RADDLE_PLAN_SYNC() wait_for_all()
@@ -34,7 +40,7 @@ static void keep_smaller(int32_t *to, int32_t value) {
 #define RADDLE_PLAN_MIN(to, value) keep_smaller((to), (value))
 #include "kernels/attention/attention_plan.h"
 
-enum { MAX_THREADS = 37 };
+enum { MAX_THREADS = 7 };
 
 /* A page table as the GPU sees it, without its ids, which another CTA copies; and the schedule. */
 typedef struct device_plan {
@@ -185,6 +191,7 @@ static void test_random_batches(void) {
         p.spec.window_left = random_below(3) == 0 ? random_below(200) : -1;
         p.spec.page_size = 1 << random_below(6);
         p.spec.fixed_chunk = random_below(3) == 0 ? 64 * (1 + random_below(4)) : 0;
+        p.spec.max_pages = (1 << 17) / p.spec.page_size + 40; /* 40 requests of 3000 */
         open_problem(&p);
         const int32_t batch = random_below(40), qo_len = random_below(3) ? 1 : random_below(50);
         for (int32_t i = 0; i < batch; i++) {
@@ -263,6 +270,7 @@ static void test_fixed_chunks(void) {
         p.spec.max_qo_len = 1;
         p.spec.max_qo_tokens = MAX_BATCH;
         p.spec.fixed_chunk = 64 << random_below(4);
+        p.spec.max_pages = 40 * 10000;
         p.spec.window_left = random_below(2) ? 1000 + random_below(1000) : -1;
         open_problem(&p);
         const int32_t batch = 1 + random_below(40);
@@ -370,8 +378,8 @@ static void check_same(const problem *a, const problem *b) {
 
 /* However many threads, the schedule is the same. */
 static void test_threads(void) {
-    static const int32_t threads[] = {2, 5, 16, MAX_THREADS};
-    for (int round = 0; round < 40; round++) {
+    static const int32_t threads[] = {2, 3, 4, MAX_THREADS};
+    for (int round = 0; round < 16; round++) {
         problem p;
         const int32_t kv_heads = 1 + random_below(9), qo_len = random_below(2) ? 1 : 30;
         start(&p, 1 + random_below(140), 4, kv_heads, 1 + random_below(kv_heads), 16, 16,
