@@ -1,4 +1,4 @@
-// needs: base/*.c cpu/*.c cuda/*.c runtime/*.c attention/*.c
+// needs: base/*.c cuda/*.c runtime/*.c attention/attention_plan.c attention/attention_batch.c attention/attention_spec.c attention/attention_schedule.c attention/attention_cuda.c attention/attention_choice.c attention/attention_check.c attention/attention_device_plan.c attention/attention_variant.c
 // shared: libcuda.so.1=stub_cuda.c libnvrtc.so.13=stub_nvrtc.c
 /* test_attention_device_run.c - planning by a kernel, seen from the launches: who may start before
  * its predecessor ends, who waits for whom, what a capture takes. The stub runs no kernel. */
@@ -7,8 +7,16 @@
 
 #include "attention/attention.h"
 #include "base/alloc.h"
+#include "cpu/vec.h"
 #include "cuda/sources.h"
 #include "runtime/graph.h"
+
+/* The CPU's part of the family is another's. */
+const raddle_attention_ops raddle_attention_ops_cpu = {0};
+
+const raddle_vec *raddle_vec_get(void) {
+    return NULL; /* only page tables on the host are copied by its loops */
+}
 
 const raddle_source raddle_sources[] = {
     {"attention/attention_decode.cu", "extern \"C\" ... attention_decode\n", 34},
