@@ -397,6 +397,7 @@ static raddle_status run_plan(raddle_attention_plan *plan, const raddle_attentio
     params->sm_scale = plan->spec.sm_scale * (args->k_scale == 0.0f ? 1.0f : args->k_scale);
     params->sm_scale_log2 = params->sm_scale * log2_e;
     params->out_scale = args->v_scale == 0.0f ? 1.0f : args->v_scale;
+    params->num_qo_tokens = (int32_t)args->q->shape[0];
     params->q = args->q->data;
     params->k = kv->k;
     params->v = kv->v;

@@ -103,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     lookup look;
     int which = 0; /* of the two pieces */
     const int32_t first_segment = p.worker_indptr[blockIdx.x];
-    const int32_t end_segment = p.worker_indptr[blockIdx.x + 1];
+    const int32_t end_segment =
+        p.header->num_qo_tokens <= p.num_qo_tokens ? p.worker_indptr[blockIdx.x + 1] : 0;
     if (first_segment < end_segment) {
         request_segment(p, first_segment, lane, notes);
         wait_for_requests();

@@ -58,9 +58,12 @@ typedef struct raddle_attention_params {
     float lse_scale;       /* 1: lse in base 2; ln 2: base e */
     int32_t check;         /* RADDLE_CHECK: report out-of-range pages through error */
     int32_t tile_rows;     /* of the config: rows between the heads of a partial */
-    int32_t fixed_chunk; /* 0: balanced */
+    int32_t fixed_chunk;   /* 0: balanced */
+    int32_t num_qo_tokens; /* rows of q, out and lse: with a larger batch planned, a launch does
+                              nothing */
+    int32_t reserved;
     int32_t *error; /* first offending page id and its place, when check is set */
 } raddle_attention_params;
-RADDLE_ASSERT_SIZE(raddle_attention_params, 20 * 8 + 13 * 8 + 14 * 4);
+RADDLE_ASSERT_SIZE(raddle_attention_params, 20 * 8 + 13 * 8 + 16 * 4);
 
 #endif

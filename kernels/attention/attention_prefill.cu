@@ -636,7 +636,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     clear_padding(m);
     wait_for_predecessors(); /* q, K and V may be theirs */
     const int32_t first_segment = p.worker_indptr[blockIdx.x];
-    if (first_segment >= p.worker_indptr[blockIdx.x + 1]) {
+    if (first_segment >= p.worker_indptr[blockIdx.x + 1] ||
+        p.header->num_qo_tokens > p.num_qo_tokens) {
         return;
     }
     int32_t page =
