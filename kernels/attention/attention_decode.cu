@@ -75,7 +75,6 @@ __device__ __forceinline__ void open_piece(const raddle_attention_params &p, int
         at.full_end =
             keys_of_token(p, segment.qo_len, segment.kv_len, (int32_t)(first / group)).end;
         at.head = head;
-        at.scale = scale_of_head(p, min(head, p.num_kv_heads - 1));
         at.num_tiles = has_head ? (int32_t)(((unsigned)(end - begin) + TILE - 1) / TILE) : 0;
     }
     start_lookup(p, segment, head, begin + TILE * tile_of_warp, has_head ? end : begin, lane, notes,
@@ -130,13 +129,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     /* q first: it would wait behind the tiles. Then what comes after this piece is sent for. */
     bool same_segment, more, sent_for_pages;
     const auto begin_piece = [&]() {
-        const piece &at = notes.pieces[which];
+        piece &at = notes.pieces[which];
         fetch_q(notes, g, j, q);
         if (tile_of_warp < at.num_tiles) {
             load(a);
         } else {
             clear(a);
         }
+        if (lane == 0) { /* here, since a predecessor may have written the scales */
+            at.scale = scale_of_head(p, min(at.head, p.num_kv_heads - 1));
+        }
+        __syncwarp(); /* the scale is written -> every lane reads it */
         same_segment = at.end < at.segment.kv_end;
         more = same_segment || at.index + 1 < end_segment;
         sent_for_pages = !more;
