@@ -191,10 +191,4 @@ static inline float raddle_attention_cpu_scale(const raddle_attention_params *pa
     return params->sm_scale * (params->k_scales ? params->k_scales[head] : 1.0f);
 }
 
-/* What to subtract from logits whose maximum is max: anything finite will do when all of them are -inf
- * (or NaN). */
-static inline float raddle_attention_cpu_base(float max) {
-    return max == -INFINITY ? 0.0f : max;
-}
-
 #endif

@@ -34,8 +34,8 @@ void raddle_attention_cpu_fold(const attention_cpu_states *into, const attention
         float *acc_a = into->acc + r * head_dim_vo;
         const float *acc_b = from->acc + r * head_dim_vo;
         const float max = a[0] > b[0] ? a[0] : b[0];
-        const float factor_a = exp2f(a[0] - raddle_attention_cpu_base(max));
-        const float factor_b = exp2f(b[0] - raddle_attention_cpu_base(max));
+        const float factor_a = exp2f(a[0] - raddle_vec_base(max));
+        const float factor_b = exp2f(b[0] - raddle_vec_base(max));
         a[0] = max;
         a[1] = a[1] * factor_a + b[1] * factor_b;
         for (int32_t d = 0; d < head_dim_vo; d++) {

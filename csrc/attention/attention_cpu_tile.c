@@ -142,47 +142,54 @@ typedef struct tile_view {
     int64_t ld;
 } tile_view;
 
-/* Row r's entries [first, last), which hold weights of a row without softmax. */
-static void store_weights(const tile_view *t, int32_t r, const float *x, int32_t count,
-                          int32_t num_seen, void *weights) {
-    const attention_cpu_state *shared = t->view->job->state;
-    float *state = t->state + 2 * (int64_t)r;
-    if (shared->add->operand != RADDLE_F32) {
-        shared->vec->store[shared->add->operand](weights, x, count);
-    }
-    state[0] = 0.0f;
-    state[1] += (float)num_seen;
+/* The end of the rows from r on, at most limit, that see the same entries: all of them, or those of a
+ * query token. */
+static int32_t end_of_alike(const tile_view *t, int32_t r, int32_t limit) {
+    const int32_t group_size = t->view->job->params->group_size;
+    const int32_t end = r + group_size - (t->view->segment->row_begin + r) % group_size;
+    return t->is_whole || end > limit ? limit : end;
 }
 
-/* Turns products [first, last) of row r into weights relative to the row's new maximum, and rescales
- * what was summed before. */
-static void weigh_row(const tile_view *t, int32_t r, entry_range range, float *logits,
-                      char *weights) {
+/* Turns products of row r into logits in natural units, or into weights where there is no softmax. */
+static void change_logits(const tile_view *t, int32_t r, entry_range range, float *x, void *to) {
+    const attention_cpu_state *shared = t->view->job->state;
+    const int32_t count = range.last - range.first;
+    const int32_t num_seen = raddle_attention_cpu_logits(
+        t->view, t->tile, t->head, t->view->segment->row_begin + r, range.first, count, x);
+    if (t->view->job->config->no_softmax) {
+        if (shared->add->operand != RADDLE_F32) {
+            shared->vec->store[shared->add->operand](to, x, count);
+        }
+        t->state[2 * r] = 0.0f;
+        t->state[2 * r + 1] += (float)num_seen;
+    }
+}
+
+/* Turns products of rows [begin, end), at most PANEL_ROWS, with the entries of range into weights
+ * relative to each row's new maximum, and rescales what was summed before. logits and weights are
+ * those of row begin. */
+static void weigh_rows(const tile_view *t, int32_t begin, int32_t end, entry_range range,
+                       float *logits, char *weights) {
     const attention_cpu_state *shared = t->view->job->state;
     const int32_t width = t->view->job->config->head_dim_vo;
-    const int32_t count = range.last - range.first;
     float *x = logits + range.first;
-    void *to = weights + range.first * shared->operand_bytes;
-    float *state = t->state + 2 * (int64_t)r;
-    float scale = t->scale_log2;
-    if (!t->is_plain) {
-        const int32_t num_seen = raddle_attention_cpu_logits(
-            t->view, t->tile, t->head, t->view->segment->row_begin + r, range.first, count, x);
-        if (t->view->job->config->no_softmax) {
-            store_weights(t, r, x, count, num_seen, to);
-            return;
+    char *to = weights + range.first * shared->operand_bytes;
+    float factors[PANEL_ROWS];
+    for (int32_t r = begin; !t->is_plain && r < end; r++) {
+        const int64_t at = (r - begin) * t->ld;
+        change_logits(t, r, range, x + at, to + at * shared->operand_bytes);
+    }
+    if (t->view->job->config->no_softmax) {
+        return;
+    }
+    shared->add->weigh_rows(to, t->ld, x, t->ld, end - begin, range.last - range.first,
+                            t->is_plain ? t->scale_log2 : LOG2_E, t->state + 2 * (int64_t)begin,
+                            factors);
+    for (int32_t r = begin; r < end; r++) {
+        if (factors[r - begin] != 1.0f) {
+            shared->vec->scale(t->acc + (int64_t)r * width, width, factors[r - begin]);
         }
-        scale = LOG2_E;
     }
-    const float tile_max = shared->vec->max(x, count) * scale;
-    const float max = tile_max > state[0] ? tile_max : state[0];
-    if (max != state[0]) {
-        const float factor = exp2f(state[0] - max);
-        shared->vec->scale(t->acc + (int64_t)r * width, width, factor);
-        state[1] *= factor;
-        state[0] = max;
-    }
-    state[1] += shared->add->exp2_to(to, x, count, scale, raddle_attention_cpu_base(max));
 }
 
 /* ---------------------------------------------------------------- few rows */
@@ -195,13 +202,13 @@ static void few_logits(const tile_view *t) {
 
 static void few_weights(const tile_view *t) {
     const int64_t row_bytes = t->ld * t->view->job->state->operand_bytes;
-    for (int32_t r = 0; r < t->view->num_rows; r++) {
-        entry_range range = {0, t->tile->count};
-        if (!t->is_whole) {
-            range = visible_entries(t->view, t->tile, t->view->segment->row_begin + r);
-        }
+    const int32_t num_rows = t->view->num_rows;
+    for (int32_t r = 0, end; r < num_rows; r = end) {
+        end = end_of_alike(t, r, num_rows - r < PANEL_ROWS ? num_rows : r + PANEL_ROWS);
+        const entry_range range =
+            visible_entries(t->view, t->tile, t->view->segment->row_begin + r);
         if (range.first < range.last) {
-            weigh_row(t, r, range, t->logits + r * t->ld, t->weights + r * row_bytes);
+            weigh_rows(t, r, end, range, t->logits + r * t->ld, t->weights + r * row_bytes);
         }
     }
 }
@@ -279,20 +286,20 @@ static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
     shared->dot->dot_panel(logits, ld, t->q + begin * config->head_dim_qk * bytes,
                            config->head_dim_qk, &view->scratch->k_panel, end - begin, all.first,
                            all.last);
-    for (int32_t r = begin; r < end; r++) {
-        float *row_logits = logits + (r - begin) * ld;
+    for (int32_t r = begin, next; r < end; r = next) {
+        next = end_of_alike(t, r, end);
+        const entry_range range =
+            t->is_whole ? all : visible_entries(view, t->tile, view->segment->row_begin + r);
         char *row_weights = weights + (r - begin) * ld * bytes;
-        entry_range range = all;
-        if (!t->is_whole) {
-            range = visible_entries(view, t->tile, view->segment->row_begin + r);
-            memset(row_weights + all.first * bytes, 0, (size_t)((range.first - all.first) * bytes));
-        }
         if (range.first < range.last) {
-            weigh_row(t, r, range, row_logits, row_weights);
+            weigh_rows(t, r, next, range, logits + (r - begin) * ld, row_weights);
         }
-        /* Past its last entry too, up to what add_panel reads. */
-        memset(row_weights + range.last * bytes, 0,
-               (size_t)((all.last + all.last % 2 - range.last) * bytes));
+        /* What they do not see, and past the last entry up to what add_panel reads. */
+        for (; row_weights < weights + (next - begin) * ld * bytes; row_weights += ld * bytes) {
+            memset(row_weights + all.first * bytes, 0, (size_t)((range.first - all.first) * bytes));
+            memset(row_weights + range.last * bytes, 0,
+                   (size_t)((all.last + all.last % 2 - range.last) * bytes));
+        }
     }
     shared->add->add_panel(t->acc + (int64_t)begin * config->head_dim_vo, config->head_dim_vo,
                            weights, ld, &view->scratch->v_panel, end - begin, all.first, all.last);

@@ -10,6 +10,8 @@
 
 #include "base/status.h"
 
+#include <math.h>
+
 /* Rows that lie anywhere: element k of row n is rows[n][offset + k] of the stored type. */
 typedef struct raddle_vec_rows {
     const void *const *rows;
@@ -55,10 +57,31 @@ typedef struct raddle_vec_block {
      * to the next even column past last, which must be 0 there. */
     void (*add_panel)(float *c, int64_t ldc, const void *p, int64_t ldp,
                       const raddle_vec_panel *panel, int rows, int first, int last);
-    /* to[i] = 2^(x[i] * scale - max) as operand; returns the sum, of the values before rounding.
-     * -inf gives exactly 0. max is finite. to may be x when operand is float32. */
-    float (*exp2_to)(void *to, const float *x, int64_t count, float scale, float max);
+    /* A step of online softmax for each of rows: to[m * ldto + i] = 2^(x[m * ldx + i] * scale - max)
+     * as operand, where max is the largest x * scale so far. It stands in state[2 * m] and is
+     * raised; state[2 * m + 1], the sum of weights before they are rounded, is rescaled and added
+     * to. factors[m]: what else was summed before has to be multiplied with, 1 where max stayed.
+     * -inf gives exactly 0; NaN is no maximum. scale > 0. to may be x when operand is float32. */
+    void (*weigh_rows)(void *to, int64_t ldto, const float *x, int64_t ldx, int rows, int count,
+                       float scale, float *state, float *factors);
 } raddle_vec_block;
+
+/* Raises the max of a state of weigh_rows; returns the factor. */
+static inline float raddle_vec_raise(float *state, float max) {
+    if (!(max > state[0])) {
+        return 1.0f;
+    }
+    const float factor = exp2f(state[0] - max);
+    state[0] = max;
+    state[1] *= factor;
+    return factor;
+}
+
+/* What to subtract from logits whose maximum is max: anything finite will do when all of them are -inf
+ * (or NaN). */
+static inline float raddle_vec_base(float max) {
+    return max == -INFINITY ? 0.0f : max;
+}
 
 typedef struct raddle_vec {
     const char *name;

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 
+#include <string.h>
+
 enum { LINE_LANES = 32 }; /* bfloat16 in a cache line */
 
 BF16_INLINE const uint16_t *row_at(const void *const *rows, const raddle_vec_rows *b, int n) {
@@ -389,20 +391,84 @@ BF16_TARGET void raddle_vec_bf16_add_panel(float *c, int64_t ldc, const void *p_
 
 /* ---------------------------------------------------------------- weights */
 
-BF16_TARGET float raddle_vec_bf16_exp2_to(void *to, const float *x, int64_t count, float scale,
-                                          float max) {
-    const __m512 factor = v_set1(scale), minus_max = v_set1(-max);
-    uint16_t *weights = to;
-    __m512 sum = v_zero();
-    for (int64_t i = 0; i < count; i += PAIR_LANES) {
-        const int left = count - i < PAIR_LANES ? (int)(count - i) : PAIR_LANES;
-        const __mmask16 mask = pair_mask(left);
-        const __m512 logits = _mm512_maskz_loadu_ps(mask, x + i);
-        const __m512 y = v_exp2(v_fma(logits, factor, minus_max));
-        sum = _mm512_mask_add_ps(sum, mask, sum, y);
-        _mm256_mask_storeu_epi16(weights + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
+/* The largest of each of four vectors. */
+BF16_INLINE __m128 max4(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = v_max(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = v_max(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 abcd = v_max(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half =
+        _mm256_max_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Raises the maxima of four states; factors and what to subtract come back. */
+BF16_INLINE void raise4(__m128 most, float *states, float factors[ROWS], float minus_base[ROWS]) {
+    const __m128 first = _mm_loadu_ps(states), last = _mm_loadu_ps(states + 4);
+    const __m128 before = _mm_shuffle_ps(first, last, 0x88);
+    const __m128 max = _mm_max_ps(most, before);
+    const __mmask8 raised = _mm_cmp_ps_mask(max, before, _CMP_NEQ_OQ);
+    const __m128 one = _mm_set1_ps(1.0f);
+    __m128 factor = one, sum = _mm_shuffle_ps(first, last, 0xdd);
+    if (raised) {
+        const __m512 power = v_exp2(_mm512_castps128_ps512(_mm_sub_ps(before, max)));
+        factor = _mm_mask_mov_ps(one, raised, _mm512_castps512_ps128(power));
+        sum = _mm_mul_ps(sum, factor);
     }
-    return v_sum(sum);
+    _mm_storeu_ps(states, _mm_unpacklo_ps(max, sum));
+    _mm_storeu_ps(states + 4, _mm_unpackhi_ps(max, sum));
+    _mm_storeu_ps(factors, factor);
+    const __mmask8 is_empty = _mm_cmp_ps_mask(max, _mm_set1_ps(-INFINITY), _CMP_EQ_OQ);
+    _mm_storeu_ps(minus_base, _mm_maskz_sub_ps((__mmask8)~is_empty, _mm_setzero_ps(), max));
+}
+
+/* Four rows of weigh_rows, of which num_rows exist. */
+BF16_INLINE void weigh_tile(uint16_t *to, int64_t ldto, const float *x, int64_t ldx, int count,
+                            float scale, float *state, float *out_factors, int num_rows) {
+    const __m512 least = v_set1(-INFINITY), by = v_set1(scale);
+    float states[2 * ROWS] = {0}, factors[ROWS], minus_base[ROWS], added[ROWS];
+    __m512 most[ROWS] = {least, least, least, least};
+    __m512 sums[ROWS] = {v_zero(), v_zero(), v_zero(), v_zero()};
+    for (int i = 0; i < count; i += PAIR_LANES) {
+        const __mmask16 mask = pair_mask(count - i);
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            most[m] = v_max(_mm512_mask_loadu_ps(least, mask, x + m * ldx + i), most[m]);
+        }
+    }
+    memcpy(states, state, 2 * (size_t)num_rows * sizeof *state);
+    raise4(_mm_mul_ps(max4(most[0], most[1], most[2], most[3]), _mm_set1_ps(scale)), states,
+           factors, minus_base);
+    for (int i = 0; i < count; i += PAIR_LANES) {
+        const __mmask16 mask = pair_mask(count - i);
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            const __m512 logits = _mm512_maskz_loadu_ps(mask, x + m * ldx + i);
+            const __m512 y = v_exp2(v_fma(logits, by, v_set1(minus_base[m])));
+            sums[m] = _mm512_mask_add_ps(sums[m], mask, sums[m], y);
+            _mm256_mask_storeu_epi16(to + m * ldto + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
+        }
+    }
+    v_sum4(added, sums[0], sums[1], sums[2], sums[3]);
+    for (int m = 0; m < num_rows; m++) {
+        state[2 * m] = states[2 * m];
+        state[2 * m + 1] = states[2 * m + 1] + added[m];
+        out_factors[m] = factors[m];
+    }
+}
+
+BF16_TARGET void raddle_vec_bf16_weigh_rows(void *to_rows, int64_t ldto, const float *x,
+                                            int64_t ldx, int rows, int count, float scale,
+                                            float *state, float *factors) {
+    uint16_t *to = to_rows;
+    int m = 0;
+    for (; m + ROWS <= rows; m += ROWS) {
+        weigh_tile(to + m * ldto, ldto, x + m * ldx, ldx, count, scale, state + 2 * m, factors + m,
+                   ROWS);
+    }
+    for (; m < rows; m++) {
+        weigh_tile(to + m * ldto, ldto, x + m * ldx, ldx, count, scale, state + 2 * m, factors + m,
+                   1);
+    }
 }
 
 const raddle_vec_block raddle_vec_block_avx512bf16 = {
@@ -413,7 +479,7 @@ const raddle_vec_block raddle_vec_block_avx512bf16 = {
     .pack_add = pack_add,
     .dot_panel = raddle_vec_bf16_dot_panel,
     .add_panel = raddle_vec_bf16_add_panel,
-    .exp2_to = raddle_vec_bf16_exp2_to,
+    .weigh_rows = raddle_vec_bf16_weigh_rows,
 };
 
 #endif

@@ -50,7 +50,8 @@ void raddle_vec_bf16_dot_panel(float *c, int64_t ldc, const void *a, int64_t lda
                                const raddle_vec_panel *panel, int rows, int first, int last);
 void raddle_vec_bf16_add_panel(float *c, int64_t ldc, const void *p, int64_t ldp,
                                const raddle_vec_panel *panel, int rows, int first, int last);
-float raddle_vec_bf16_exp2_to(void *to, const float *x, int64_t count, float scale, float max);
+void raddle_vec_bf16_weigh_rows(void *to, int64_t ldto, const float *x, int64_t ldx, int rows,
+                                int count, float scale, float *state, float *factors);
 
 #endif
 #endif

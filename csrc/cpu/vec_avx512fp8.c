@@ -98,7 +98,8 @@ FP8_INLINE const uint8_t *row_at(const void *const *rows, const raddle_vec_rows 
     return (const uint8_t *)rows[n] + b->offset;
 }
 
-/* The cache line at byte `at` of the n-th row to come, into the second cache. */
+/* The cache line at byte `at` of the n-th row to come, into the second cache: the first is too small for
+ * all that is on its way. */
 FP8_INLINE void prefetch_line(const raddle_vec_rows *b, int n, int at) {
     if (b->next && n < b->count) {
         __builtin_prefetch(row_at(b->next, b, n) + at, 0, 2);
@@ -111,25 +112,17 @@ FP8_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
     }
 }
 
-/* count of 16 bytes; all of them without a mask, which costs a tenth. */
-FP8_INLINE __m128i load_chunk(const uint8_t *from, int count) {
-    return count >= CHUNK ? _mm_loadu_si128((const __m128i *)from)
-                          : _mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), from);
+/* 16 bytes of four tokens, one in each lane. */
+FP8_INLINE __m512i load_group(const uint8_t *const row[GROUP], int k) {
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(row[0] + k)));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row[1] + k)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row[2] + k)), 2);
+    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row[3] + k)), 3);
 }
 
-/* 16 bytes of four tokens, one in each lane; count of each exist. */
-FP8_INLINE __m512i load_group(const uint8_t *const row[GROUP], int k, int count) {
-    __m512i x = _mm512_castsi128_si512(load_chunk(row[0] + k, count));
-    x = _mm512_inserti32x4(x, load_chunk(row[1] + k, count), 1);
-    x = _mm512_inserti32x4(x, load_chunk(row[2] + k, count), 2);
-    return _mm512_inserti32x4(x, load_chunk(row[3] + k, count), 3);
-}
-
-/* 8 elements of a left row in every lane; count exist. */
-FP8_INLINE __m512i broadcast_eight(const uint16_t *a, int count) {
-    return _mm512_broadcast_i32x4(count >= 8
-                                      ? _mm_loadu_si128((const __m128i *)a)
-                                      : _mm_maskz_loadu_epi16((__mmask8)lanes_mask(count), a));
+/* 8 elements of a left row in every lane. */
+FP8_INLINE __m512i broadcast_eight(const uint16_t *a) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)a));
 }
 
 /* 64 bytes of a row, of which count exist. */
@@ -138,19 +131,18 @@ FP8_INLINE __m512i load_columns(const uint8_t *from, int count) {
                             : _mm512_maskz_loadu_epi8(((uint64_t)1 << count) - 1, from);
 }
 
-/* 16 elements of num_rows left rows and 16 tokens, fewer in the last step. */
+/* 16 elements of num_rows left rows and 16 tokens. */
 FP8_INLINE void dot_step(__m512 sums[ROWS][VECS], const uint16_t *a, int64_t lda,
-                         const uint8_t *const row[TOKENS], int k, int count, int num_rows,
-                         decoder d) {
+                         const uint8_t *const row[TOKENS], int k, int num_rows, decoder d) {
     decoded right[VECS];
     V_UNROLL
     for (int g = 0; g < VECS; g++) {
-        right[g] = decode(d, load_group(row + g * GROUP, k, count));
+        right[g] = decode(d, load_group(row + g * GROUP, k));
     }
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
-        const __m512i first = broadcast_eight(a + m * lda + k, count);
-        const __m512i last = broadcast_eight(a + m * lda + k + CHUNK / 2, count - CHUNK / 2);
+        const __m512i first = broadcast_eight(a + m * lda + k);
+        const __m512i last = broadcast_eight(a + m * lda + k + CHUNK / 2);
         V_UNROLL
         for (int g = 0; g < VECS; g++) {
             sums[m][g] = dot_pairs(sums[m][g], first, right[g].first);
@@ -174,8 +166,8 @@ FP8_INLINE __m512 sum_lanes(const __m512 sums[VECS]) {
     return _mm512_permutexvar_ps(order, abcd);
 }
 
-/* num_rows left rows by 16 tokens, of which left count. b, n: to prefetch as much of the next rows
- * from n on, or NULL. */
+/* num_rows left rows by 16 tokens, of which left count; depth is a multiple of 16. b, n: to prefetch as
+ * much of the next rows from n on, or NULL. */
 FP8_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
                          const uint8_t *const row[TOKENS], int left, int depth, int num_rows,
                          const raddle_vec_rows *b, int n, decoder d) {
@@ -187,17 +179,13 @@ FP8_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
             sums[m][g] = v_zero();
         }
     }
-    int k = 0;
-    for (; k + CHUNK <= depth; k += CHUNK) {
+    for (int k = 0; k < depth; k += CHUNK) {
         if (b) { /* a line of each row in the four steps that it lasts */
             for (int i = 0; i < GROUP; i++) {
                 prefetch_line(b, n + k % LINE_BYTES / CHUNK * GROUP + i, k);
             }
         }
-        dot_step(sums, a, lda, row, k, CHUNK, num_rows, d);
-    }
-    if (k < depth) {
-        dot_step(sums, a, lda, row, k, depth - k, num_rows, d);
+        dot_step(sums, a, lda, row, k, num_rows, d);
     }
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
@@ -205,29 +193,53 @@ FP8_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
     }
 }
 
-FP8_INLINE void dot_rows(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
-                         const raddle_vec_rows *b, int rows, int depth, const byte_tables *tables) {
+/* Adds elements [begin, end), fewer than 16, to the products of all left rows. Head dims are seldom no
+ * multiple of 16. */
+static FP8_TARGET void add_tail(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
+                                const raddle_vec_rows *b, int rows, int begin, int end, decoder d) {
+    const __m512i spread = _mm512_setr_epi64(0, 7, 1, 7, 7, 7, 7, 7);
+    const __mmask32 mask = lanes_mask(end - begin);
+    for (int n = 0; n < b->count; n++) {
+        const __m512i bytes = _mm512_maskz_loadu_epi8(mask, row_at(b->rows, b, n) + begin);
+        const __m512i right = decode(d, _mm512_permutexvar_epi64(spread, bytes)).first;
+        for (int m = 0; m < rows; m++) {
+            const __m512i left = _mm512_maskz_loadu_epi16(mask, a + m * lda + begin);
+            c[m * ldc + n] += v_sum(dot_pairs(v_zero(), left, right));
+        }
+    }
+}
+
+static FP8_TARGET void dot_rows(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
+                                const raddle_vec_rows *b, int rows, int depth,
+                                const byte_tables *tables) {
     const decoder d = load_tables(tables);
+    const int whole = depth - depth % CHUNK;
     for (int n = 0; n < b->count; n += TOKENS) {
         const int left = b->count - n < TOKENS ? b->count - n : TOKENS;
         const uint8_t *row[TOKENS];
         for (int i = 0; i < TOKENS; i++) {
             row[i] = row_at(b->rows, b, n + (i < left ? i : left - 1));
         }
+        for (int i = 0; whole % LINE_BYTES != 0 && i < TOKENS; i++) { /* a line of fewer steps */
+            prefetch_line(b, n + i, whole);
+        }
         const raddle_vec_rows *next = b;
         int m = 0;
         for (; m + ROWS <= rows; m += ROWS) {
-            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, ROWS, next, n, d);
+            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, whole, ROWS, next, n, d);
             next = NULL;
         }
         if (m + 2 <= rows) {
-            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, 2, next, n, d);
+            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, whole, 2, next, n, d);
             next = NULL;
             m += 2;
         }
         if (m < rows) {
-            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, depth, 1, next, n, d);
+            dot_tile(c + m * ldc + n, ldc, a + m * lda, lda, row, left, whole, 1, next, n, d);
         }
+    }
+    if (whole < depth) {
+        add_tail(c, ldc, a, lda, b, rows, whole, depth, d);
     }
 }
 
@@ -268,24 +280,8 @@ FP8_INLINE void store_sums(float *to, __m512 sums, int width) {
     }
 }
 
-/* Adds the weighted rows even and odd (NULL: none) to the sums; width columns exist. */
-FP8_INLINE void add_step(__m512 sums[ROWS][VECS], const uint16_t *p, int64_t ldp,
-                         const uint8_t *even, const uint8_t *odd, int width, __m512i order,
-                         int num_rows, int num_vecs, decoder d) {
-    __m512i right[VECS];
-    decode_pairs(right, load_columns(even, width),
-                 odd ? load_columns(odd, width) : _mm512_setzero_si512(), order, num_vecs, d);
-    V_UNROLL
-    for (int m = 0; m < num_rows; m++) {
-        const __m512i x = odd ? broadcast_pair(p + m * ldp) : _mm512_set1_epi32(p[m * ldp]);
-        V_UNROLL
-        for (int i = 0; i < num_vecs; i++) {
-            sums[m][i] = dot_pairs(sums[m][i], x, right[i]);
-        }
-    }
-}
-
-/* num_rows rows of c, num_vecs times 16 columns wide, of which width exist, over all rows of b. */
+/* num_rows rows of c, num_vecs times 16 columns wide, of which width exist, over all pairs of rows of
+ * b. */
 FP8_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
                          const raddle_vec_rows *b, int at, int width, int num_rows, int num_vecs,
                          bool prefetch, decoder d) {
@@ -298,24 +294,50 @@ FP8_INLINE void add_tile(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
             sums[m][i] = load_sums(c + m * ldc + at + i * PAIR_LANES, width - i * PAIR_LANES);
         }
     }
-    int n = 0;
-    for (; n + 2 <= b->count; n += 2) {
+    for (int n = 0; n + 2 <= b->count; n += 2) {
         if (prefetch) {
             prefetch_line(b, n, at);
             prefetch_line(b, n + 1, at);
         }
-        add_step(sums, p + n, ldp, row_at(b->rows, b, n) + at, row_at(b->rows, b, n + 1) + at,
-                 width, order, num_rows, num_vecs, d);
-    }
-    if (n < b->count) {
-        add_step(sums, p + n, ldp, row_at(b->rows, b, n) + at, NULL, width, order, num_rows,
-                 num_vecs, d);
+        __m512i right[VECS];
+        decode_pairs(right, load_columns(row_at(b->rows, b, n) + at, width),
+                     load_columns(row_at(b->rows, b, n + 1) + at, width), order, num_vecs, d);
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            const __m512i x = broadcast_pair(p + m * ldp + n);
+            V_UNROLL
+            for (int i = 0; i < num_vecs; i++) {
+                sums[m][i] = dot_pairs(sums[m][i], x, right[i]);
+            }
+        }
     }
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
         V_UNROLL
         for (int i = 0; i < num_vecs; i++) {
             store_sums(c + m * ldc + at + i * PAIR_LANES, sums[m][i], width - i * PAIR_LANES);
+        }
+    }
+}
+
+/* The last row of an odd number: one in a request. */
+static FP8_TARGET void add_last(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
+                                const raddle_vec_rows *b, int rows, int width, decoder d) {
+    const __m512i order = _mm512_loadu_si512(pair_order);
+    const int n = b->count - 1;
+    for (int at = 0; at < width; at += COLUMNS) {
+        __m512i right[VECS];
+        prefetch_line(b, n, at);
+        decode_pairs(right, load_columns(row_at(b->rows, b, n) + at, width - at),
+                     _mm512_setzero_si512(), order, VECS, d);
+        for (int m = 0; m < rows; m++) {
+            const __m512i x = _mm512_set1_epi32(p[m * ldp + n]);
+            for (int i = 0; i < VECS; i++) {
+                const int column = at + i * PAIR_LANES;
+                float *to = c + m * ldc + column;
+                const __m512 sum = load_sums(to, width - column);
+                store_sums(to, dot_pairs(sum, x, right[i]), width - column);
+            }
         }
     }
 }
@@ -335,8 +357,9 @@ FP8_INLINE void add_strip(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
     }
 }
 
-FP8_INLINE void add_rows(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
-                         const raddle_vec_rows *b, int rows, int width, const byte_tables *tables) {
+static FP8_TARGET void add_rows(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
+                                const raddle_vec_rows *b, int rows, int width,
+                                const byte_tables *tables) {
     const decoder d = load_tables(tables);
     int m = 0;
     for (; m + ROWS <= rows; m += ROWS) {
@@ -349,14 +372,17 @@ FP8_INLINE void add_rows(float *c, int64_t ldc, const uint16_t *p, int64_t ldp,
     if (m < rows) {
         add_strip(c + m * ldc, ldc, p + m * ldp, ldp, b, width, 1, m == 0, d);
     }
+    if (b->count % 2 != 0) {
+        add_last(c, ldc, p, ldp, b, rows, width, d);
+    }
 }
 
 /* ---------------------------------------------------------------- panels */
 
 /* 32 columns of 16 rows at a time: the bytes are spread so that the first halves of the lanes hold
  * them in order. */
-FP8_INLINE void pack_dot(const raddle_vec_panel *panel, const raddle_vec_rows *b,
-                         const byte_tables *tables) {
+static FP8_TARGET void pack_dot(const raddle_vec_panel *panel, const raddle_vec_rows *b,
+                                const byte_tables *tables) {
     const decoder d = load_tables(tables);
     const __m512i spread = _mm512_setr_epi64(0, 7, 1, 7, 2, 7, 3, 7);
     const int pairs = (panel->length + 1) / 2;
@@ -388,8 +414,8 @@ FP8_INLINE void pack_dot(const raddle_vec_panel *panel, const raddle_vec_rows *b
     }
 }
 
-FP8_INLINE void pack_add(const raddle_vec_panel *panel, const raddle_vec_rows *b,
-                         const byte_tables *tables) {
+static FP8_TARGET void pack_add(const raddle_vec_panel *panel, const raddle_vec_rows *b,
+                                const byte_tables *tables) {
     const decoder d = load_tables(tables);
     const __m512i order = _mm512_loadu_si512(pair_order);
     const int padded = padded_width(panel->length);
@@ -442,7 +468,7 @@ FP8_INLINE void pack_add(const raddle_vec_panel *panel, const raddle_vec_rows *b
         .pack_add = pack_add_##suffix,                                                             \
         .dot_panel = raddle_vec_bf16_dot_panel,                                                    \
         .add_panel = raddle_vec_bf16_add_panel,                                                    \
-        .exp2_to = raddle_vec_bf16_exp2_to,                                                        \
+        .weigh_rows = raddle_vec_bf16_weigh_rows,                                                  \
     };
 
 DEFINE_TYPE(e4m3)

@@ -118,14 +118,30 @@ static void add_panel(float *c, int64_t ldc, const void *p, int64_t ldp,
     }
 }
 
-static float exp2_to(void *to, const float *x, int64_t count, float scale, float max) {
-    float *weights = to;
+static float exp2_row(float *to, const float *x, int64_t count, float scale, float max) {
     float sum = 0;
     for (int64_t i = 0; i < count; i++) {
-        weights[i] = exp2f(x[i] * scale - max);
-        sum += weights[i];
+        to[i] = exp2f(x[i] * scale - max);
+        sum += to[i];
     }
     return sum;
+}
+
+static float max_of(const float *x, int64_t count) {
+    float max = -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        max = x[i] > max ? x[i] : max;
+    }
+    return max;
+}
+
+static void weigh_rows(void *to, int64_t ldto, const float *x, int64_t ldx, int rows, int count,
+                       float scale, float *state, float *factors) {
+    for (int m = 0; m < rows; m++) {
+        factors[m] = raddle_vec_raise(state + 2 * m, max_of(x + m * ldx, count) * scale);
+        state[2 * m + 1] += exp2_row((float *)to + m * ldto, x + m * ldx, count, scale,
+                                     raddle_vec_base(state[2 * m]));
+    }
 }
 
 static void load_f32(float *dst, const void *src, int64_t count) {
@@ -179,15 +195,7 @@ static void store_bf16(void *dst, const float *src, int64_t count) {
 }
 
 static float exp2_sum(float *x, int64_t count, float max) {
-    return exp2_to(x, x, count, 1.0f, max);
-}
-
-static float max_of(const float *x, int64_t count) {
-    float max = -INFINITY;
-    for (int64_t i = 0; i < count; i++) {
-        max = x[i] > max ? x[i] : max;
-    }
-    return max;
+    return exp2_row(x, x, count, 1.0f, max);
 }
 
 static void scale_by(float *x, int64_t count, float factor) {
@@ -227,7 +235,7 @@ static float sum_squares(const float *x, int64_t count) {
 #define DEFINE_BLOCK(suffix)                                                                       \
     static const raddle_vec_block block_##suffix = {                                               \
         RADDLE_F32,        dot_rows_##suffix, add_rows_##suffix, pack_dot_##suffix,                \
-        pack_add_##suffix, dot_panel,         add_panel,         exp2_to,                          \
+        pack_add_##suffix, dot_panel,         add_panel,         weigh_rows,                       \
     };
 DEFINE_BLOCK(f32)
 DEFINE_BLOCK(f16)

@@ -420,48 +420,111 @@ static void test_special_bytes(const raddle_vec_block *block, raddle_dtype dtype
 
 /* ---------------------------------------------------------------- weights and reductions */
 
-static void test_exp2(const raddle_vec_block *block) {
-    for (int count = 0; count < 70; count++) {
-        float *x = malloc((size_t)(count + 1) * sizeof(float));
-        void *to = malloc((size_t)count * bytes_of(block->operand) + 1);
-        double sum = 0;
+/* 2^power, from a power that was rounded to float32. */
+static bool is_power(double got, double power, double tolerance) {
+    const double expected = exp2(power);
+    return fabs(got - expected) <= expected * (tolerance + fabs(power) * 0x1p-24);
+}
+
+/* Rows of logits x, of which every seventh is -inf, and states before them: none, one below, one
+ * above, one with the same maximum. */
+static double fill_logits(float *x, int count, int row, float *state) {
+    double most = -INFINITY;
+    for (int i = 0; i < count; i++) {
+        x[i] = (i + row) % 7 == 3 ? -INFINITY : (float)(12 - 40 * fabs(random_value()));
+        most = (double)x[i] * 0.25 > most ? (double)x[i] * 0.25 : most;
+    }
+    const float maxima[4] = {-INFINITY, -20.0f, 30.0f, (float)most};
+    state[0] = maxima[row % 4];
+    state[1] = state[0] == -INFINITY ? 0.0f : 1.5f;
+    return most > (double)state[0] ? most : (double)state[0];
+}
+
+static int count_wrong_weights(const raddle_vec_block *block, const float *x, const void *to,
+                               int64_t at, int count, double max) {
+    const double tolerance = block->operand == RADDLE_F32 ? 5e-7 : 0x1.01p-8;
+    int wrong = 0;
+    for (int i = 0; i < count; i++) {
+        const double got = element(block->operand, to, at + i);
+        if (isinf(x[i])) {
+            wrong += got != 0.0;
+        } else {
+            wrong += !is_power(got, (double)x[i] * 0.25 - max, tolerance);
+            wrong += (double)x[i] * 0.25 == max && got != 1.0;
+        }
+    }
+    return wrong;
+}
+
+static void test_weights(const raddle_vec_block *block) {
+    enum { MOST = 6, LENGTH = 70 };
+    for (int count = 0; count < LENGTH; count++) {
+        const int rows = 1 + count % MOST;
+        const int64_t ldx = count + 3, ldto = count + 2;
+        const size_t bytes = bytes_of(block->operand);
+        float *x = malloc((size_t)(rows * ldx + 1) * sizeof(float));
+        unsigned char *to = malloc((size_t)(rows * ldto) * bytes);
+        float state[2 * MOST], before[2 * MOST], factors[MOST];
+        double max[MOST];
+        memset(to, CANARY, (size_t)(rows * ldto) * bytes);
+        for (int m = 0; m < rows; m++) {
+            max[m] = fill_logits(x + 1 + m * ldx, count, m + count, state + 2 * m);
+        }
+        memcpy(before, state, sizeof state);
+        block->weigh_rows(to, ldto, x + 1, ldx, rows, count, 0.25f, state, factors);
         int wrong = 0;
-        const float scale = 0.25f, max = 3.0f;
-        for (int i = 0; i < count; i++) {
-            x[i + 1] = i % 7 == 3   ? -INFINITY
-                       : i % 7 == 5 ? 12.0f
-                                    : (float)(12 - 40 * fabs(random_value()));
-            sum += exp2((double)x[i + 1] * 0.25 - 3.0);
+        for (int m = 0; m < rows; m++) {
+            const float *row = x + 1 + m * ldx;
+            double sum = 0;
+            for (int i = 0; i < count; i++) {
+                sum += max[m] == -INFINITY ? 0.0 : exp2((double)row[i] * 0.25 - max[m]);
+            }
+            const double old = before[2 * m];
+            const double factor = old == max[m] ? 1.0 : exp2(old - max[m]);
+            sum += factor * (double)before[2 * m + 1];
+            wrong += (double)state[2 * m] != max[m];
+            wrong += old == -INFINITY || old == max[m]
+                         ? (double)factors[m] != factor
+                         : !is_power((double)factors[m], old - max[m], 5e-7);
+            wrong += fabs((double)state[2 * m + 1] - sum) > sum * 2e-6;
+            wrong += count_wrong_weights(block, row, to, m * ldto, count, max[m]);
+            for (size_t i = 0; i < 2 * bytes; i++) {
+                wrong += to[(size_t)(m * ldto + count) * bytes + i] != CANARY;
+            }
         }
-        ((unsigned char *)to)[(size_t)count * bytes_of(block->operand)] = CANARY;
-        const double got_sum = block->exp2_to(to, x + 1, count, scale, max);
-        wrong += fabs(got_sum - sum) > sum * 2e-6;
-        const double tolerance = block->operand == RADDLE_F32 ? 5e-7 : 0x1.01p-8;
-        for (int i = 0; i < count; i++) {
-            const double got = element(block->operand, to, i);
-            const double expected = exp2((double)x[i + 1] * 0.25 - 3.0);
-            wrong += fabs(got - expected) > expected * tolerance;
-            wrong += x[i + 1] == 12.0f && got != 1.0;
-            wrong += isinf(x[i + 1]) && got != 0.0;
-        }
-        wrong += ((unsigned char *)to)[(size_t)count * bytes_of(block->operand)] != CANARY;
         CHECK_INT(wrong, 0);
         free(x);
         free(to);
     }
-    float special[20];
+}
+
+/* NaN makes a sum NaN and is no maximum, in a vector and in a tail; far below is 0, not garbage;
+ * nothing but -inf leaves the empty state. */
+static void test_special_weights(const raddle_vec_block *block) {
+    float x[20], to[20], state[2] = {-INFINITY, 0.0f}, factor;
     for (int i = 0; i < 20; i++) {
-        special[i] = i == 1 ? NAN : 0.0f;
+        x[i] = -INFINITY;
     }
-    float to[20];
-    CHECK(isnan(block->exp2_to(to, special, 20, 1.0f, 0.0f)));
-    CHECK(isnan(element(block->operand, to, 1)) && element(block->operand, to, 2) == 1.0);
-    /* NaN in a tail; far below: 0, not garbage. */
-    CHECK(isnan(block->exp2_to(to, special, 3, 1.0f, 0.0f)));
+    block->weigh_rows(to, 20, x, 20, 1, 20, 1.0f, state, &factor);
+    CHECK(state[0] == -INFINITY && state[1] == 0.0f && factor == 1.0f);
+    CHECK(element(block->operand, to, 0) == 0.0 && element(block->operand, to, 19) == 0.0);
+    for (int count = 3; count <= 20; count += 17) {
+        for (int i = 0; i < count; i++) {
+            x[i] = i == 1 ? NAN : 0.0f;
+        }
+        state[0] = -INFINITY;
+        state[1] = 0.0f;
+        block->weigh_rows(to, 20, x, 20, 1, count, 1.0f, state, &factor);
+        CHECK(state[0] == 0.0f && isnan(state[1]) && factor == 0.0f);
+        CHECK(isnan(element(block->operand, to, 1)) && element(block->operand, to, 2) == 1.0);
+    }
     for (int i = 0; i < 20; i++) {
-        special[i] = i == 0 ? -1e30f : -1000.0f;
+        x[i] = i == 0 ? -1e30f : -1000.0f;
     }
-    CHECK(block->exp2_to(to, special, 20, 1.0f, 0.0f) == 0.0f);
+    state[0] = 0.0f;
+    state[1] = 0.25f;
+    block->weigh_rows(to, 20, x, 20, 1, 20, 1.0f, state, &factor);
+    CHECK(state[0] == 0.0f && state[1] == 0.25f && factor == 1.0f);
     CHECK(element(block->operand, to, 0) == 0.0 && element(block->operand, to, 19) == 0.0);
 }
 
@@ -546,12 +609,14 @@ static void test_table(const raddle_vec *vec) {
         CHECK_INT(block->operand, RADDLE_F32);
         test_block(block, dtypes[t]);
         test_special_bytes(block, dtypes[t]);
-        test_exp2(block);
+        test_weights(block);
+        test_special_weights(block);
         if (block_bf16) {
             CHECK_INT(block_bf16->operand, RADDLE_BF16);
             test_block(block_bf16, dtypes[t]);
             test_special_bytes(block_bf16, dtypes[t]);
-            test_exp2(block_bf16);
+            test_weights(block_bf16);
+            test_special_weights(block_bf16);
         }
     }
 }
