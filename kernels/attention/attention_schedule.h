@@ -54,8 +54,8 @@ typedef struct raddle_attention_merge {
     int32_t request;
     int32_t head;
     int32_t row_begin, row_end;
-    int32_t slot_begin, slot_count; /* consecutive, in K/V order */
-    int32_t num_arrivals;           /* segments that must be done before the merge may run */
+    int32_t slot_begin, slot_count;   /* consecutive, in K/V order */
+    int32_t num_arrivals;             /* segments that must be done before the merge may run */
     int32_t qo_begin, qo_len, kv_len; /* of the request */
     int32_t reserved[2];
 } raddle_attention_merge;
