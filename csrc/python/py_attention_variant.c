@@ -194,10 +194,42 @@ static int read_variant_scalars(const raddle_attention_variant *variant, PyObjec
         }
         extras->scalars[i] = PyFloat_AsDouble(object);
         if (extras->scalars[i] == -1.0 && PyErr_Occurred()) {
+            PyErr_Format(PyExc_TypeError, "variant_args: %s: expected a number, got %s",
+                         variant->scalars[i].name, Py_TYPE(object)->tp_name);
             return -1;
         }
     }
     return 0;
+}
+
+static bool is_declared(const raddle_attention_variant *variant, const char *name) {
+    for (int32_t i = 0; i < variant->num_tensors; i++) {
+        if (strcmp(variant->tensors[i].name, name) == 0) {
+            return true;
+        }
+    }
+    for (int32_t i = 0; i < variant->num_scalars; i++) {
+        if (strcmp(variant->scalars[i].name, name) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Names one that the variant does not declare. */
+static int fail_undeclared(const raddle_attention_variant *variant, PyObject *dict) {
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    while (PyDict_Next(dict, &at, &key, &value)) {
+        const char *name = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : NULL;
+        if (name == NULL || !is_declared(variant, name)) {
+            PyErr_Clear();
+            raddle_raise(raddle_fail(RADDLE_ERR_VALUE, "variant_args: variant %s declares no %s",
+                                     variant->name, name == NULL ? "such name" : name));
+            break;
+        }
+    }
+    return -1;
 }
 
 static int open_variant_args(const raddle_attention_variant *variant, PyObject *dict,
@@ -212,11 +244,7 @@ static int open_variant_args(const raddle_attention_variant *variant, PyObject *
         return -1;
     }
     if (PyDict_GET_SIZE(dict) != variant->num_tensors + variant->num_scalars) {
-        raddle_raise(raddle_fail(RADDLE_ERR_VALUE,
-                                 "variant_args: has %lld names, variant %s declares %d",
-                                 (long long)PyDict_GET_SIZE(dict), variant->name,
-                                 (int)(variant->num_tensors + variant->num_scalars)));
-        return -1;
+        return fail_undeclared(variant, dict);
     }
     return 0;
 }
