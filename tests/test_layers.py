@@ -33,7 +33,7 @@ CONFINED = {
     r"numpy/.*": r"csrc/python/tensor_arg\.c",
     r"(cuda|nvrtc|cublas|cub/|cooperative_groups|nv/).*": r"(?!)",
     r"(\w*intrin|arm_neon|arm_sve|cpuid)\.h": r"csrc/cpu/.*",
-    r"dlfcn\.h": r"csrc/cuda/.*",
+    r"dlfcn\.h": r"csrc/(cuda/.*|cpu/compile\.c)",
 }
 
 TEXT_SUFFIXES = {".c", ".h", ".cu", ".cuh", ".py", ".pyi", ".md", ".toml", ".in", ".sh", ""}

@@ -105,6 +105,9 @@ static void layout_scratch(const raddle_attention_config *config, const attentio
     if (config->has_rope) {
         scratch->turns = raddle_arena_take(arena, keys_bytes);
     }
+    if ((config->hooks & RADDLE_HOOK_MASK) != 0) {
+        scratch->seen = raddle_arena_take(arena, tile_kv);
+    }
     if (state->changes_keys) {
         scratch->keys = raddle_arena_take(arena, keys_bytes);
         scratch->key_rows = raddle_arena_take(arena, tile_kv * sizeof(void *));
@@ -134,10 +137,11 @@ static void cpu_release(raddle_attention_plan *plan) {
 static void choose_loops(const raddle_attention_config *config, attention_cpu_state *state) {
     state->vec = raddle_vec_get();
     state->loops = raddle_attention_cpu_loops_get();
-    state->changes_queries = config->has_rope;
-    state->changes_keys = config->has_rope;
-    state->changes_logits = config->has_soft_cap || config->has_alibi || config->no_softmax;
-    state->changes_states = config->has_sinks;
+    state->changes_queries = config->has_rope || (config->hooks & RADDLE_HOOK_QUERY) != 0;
+    state->changes_keys = config->has_rope || (config->hooks & RADDLE_HOOK_KEY) != 0;
+    state->changes_logits = config->has_soft_cap || config->has_alibi || config->no_softmax ||
+                            (config->hooks & (RADDLE_HOOK_LOGIT | RADDLE_HOOK_MASK)) != 0;
+    state->changes_states = config->has_sinks || (config->hooks & RADDLE_HOOK_STATE) != 0;
     const bool keeps_bf16 =
         config->q_dtype == RADDLE_BF16 && !state->changes_queries && !state->changes_keys;
     const raddle_vec_block *bf16 = keeps_bf16 ? state->vec->blocks_bf16[config->kv_dtype] : NULL;
@@ -176,14 +180,17 @@ static raddle_status make_memory(const raddle_attention_config *config, cpu_plan
 
 static raddle_status cpu_prepare(raddle_attention_plan *plan) {
     raddle_attention_config *config = &plan->config;
-    RADDLE_REQUIRE(config->hooks == 0, RADDLE_ERR_UNSUPPORTED,
-                   "attention on the CPU cannot run user variants yet");
+    const raddle_variant_rows *hooks = NULL;
+    if (plan->variant != NULL) {
+        RADDLE_TRY(raddle_attention_cpu_hooks_get(plan->variant, &hooks));
+    }
     cpu_plan_state *state = raddle_alloc_zero(sizeof(*state));
     if (!state) {
         return raddle_fail_memory(sizeof(*state));
     }
     plan->backend_state = state;
     choose_cuts(&plan->spec, config);
+    state->shared.hooks = hooks;
     choose_loops(config, &state->shared);
     const raddle_status status = make_memory(config, state);
     if (status != RADDLE_OK) {

@@ -2,7 +2,8 @@
  * scratch, running states.
  *
  * attention_cpu.c launches: workers over segments, then merges. attention_cpu_segment.c computes
- * one segment, attention_cpu_tile.c one tile of it, attention_cpu_variant.c what variants add. A
+ * one segment, attention_cpu_tile.c one tile of it, attention_cpu_variant.c what variants add,
+ * attention_cpu_hooks.c compiles a user's. A
  * running state of a row is (max, sum, acc[head_dim_vo]): the largest base 2 logit so far, the sum
  * of 2^(logit - max), and the same sum over V rows. An empty one is (-inf, 0, 0...). Without
  * softmax max is 0 once a key was seen, and sum counts the keys.
@@ -12,6 +13,7 @@
 
 #include "attention/attention.h"
 #include "cpu/vec.h"
+#include "kernels/attention/attention_variant_rows.h"
 
 #include <math.h>
 
@@ -69,6 +71,7 @@ typedef struct attention_cpu_scratch {
     float *keys;           /* [tile_kv, head_dim_qk] */
     const void **key_rows; /* [tile_kv] the rows of keys */
     float *turns;          /* [tile_kv, head_dim_qk] of the tile's tokens; with ROPE */
+    uint8_t *seen;         /* [tile_kv] of a row; with a mask hook */
 } attention_cpu_scratch;
 
 typedef struct attention_cpu_state {
@@ -83,7 +86,8 @@ typedef struct attention_cpu_state {
     bool changes_keys;
     bool changes_logits; /* beyond sm_scale: cap, ALiBi, hooks, weights that are no softmax */
     bool changes_states;
-    float *slopes;     /* [num_qo_heads] with ALiBi, else NULL */
+    const raddle_variant_rows *hooks; /* of the user's variant, or NULL */
+    float *slopes;                    /* [num_qo_heads] with ALiBi, else NULL */
     float *rope_steps; /* [tile_kv, head_dim_qk] turns of 0, 1, .. tokens; with ROPE, else NULL */
     bool is_filled;    /* slopes and rope_steps are, by the first run */
     void *memory;
@@ -182,6 +186,13 @@ int32_t raddle_attention_cpu_logits(const attention_cpu_view *view, const attent
 /* Changes the state of a row that has seen all its keys. Returns what its acc is to be multiplied
  * with for that. */
 float raddle_attention_cpu_state(const attention_cpu_job *job, const raddle_row *row, float *state);
+
+/* The result of a row, before it is rounded. */
+void raddle_attention_cpu_output(const attention_cpu_job *job, const raddle_row *row, float *acc);
+
+/* attention_cpu_hooks.c: the hooks of a variant, compiled; borrowed, for the life of the process. */
+raddle_status raddle_attention_cpu_hooks_get(const raddle_attention_variant *variant,
+                                             const raddle_variant_rows **out_rows);
 
 /* ---------------------------------------------------------------- small things */
 

@@ -80,6 +80,9 @@ void raddle_attention_cpu_write(const attention_cpu_job *job,
         } else if (factor != 1.0f) {
             vec->scale(acc, width, factor);
         }
+        if ((job->config->hooks & RADDLE_HOOK_OUTPUT) != 0) {
+            raddle_attention_cpu_output(job, &row, acc);
+        }
         char *out = (char *)params->out;
         out += (row.token * params->out_stride_token + row.qo_head * params->out_stride_head) *
                element_bytes;

@@ -54,6 +54,9 @@ void raddle_attention_cpu_query(const attention_cpu_job *job, const raddle_row *
         state->loops->make_turns(turns, job->params->rope_turns, pairs, raddle_row_position(row));
         state->loops->rotate(q, turns, pairs);
     }
+    if (job->config->hooks & RADDLE_HOOK_QUERY) {
+        state->hooks->query(job->params->variant, row, q, job->config->head_dim_qk);
+    }
 }
 
 /* ---------------------------------------------------------------- K */
@@ -103,6 +106,15 @@ void raddle_attention_cpu_keys(const attention_cpu_view *view, const attention_c
         if (job->config->has_rope) {
             job->state->loops->rotate(key, scratch->turns + (int64_t)n * depth, depth / 2);
         }
+        if (job->config->hooks & RADDLE_HOOK_KEY) {
+            const raddle_key place = {
+                .request = (int32_t)(view->request - job->params->requests),
+                .kv_index = tile->tokens->positions[n],
+                .kv_len = view->request->kv_len,
+                .kv_head = head,
+            };
+            job->state->hooks->key(job->params->variant, &place, key, depth);
+        }
     }
 }
 
@@ -125,8 +137,21 @@ int32_t raddle_attention_cpu_logits(const attention_cpu_view *view, const attent
     if (config->has_alibi) {
         loops->alibi(x, positions, count, job->state->slopes[row.qo_head], &row);
     }
+    if (config->hooks & RADDLE_HOOK_LOGIT) {
+        job->state->hooks->logit(job->params->variant, &row, positions, count, x);
+    }
     if (config->has_sigmoid) {
         loops->sigmoid(x, count);
+    }
+    if (config->hooks & RADDLE_HOOK_MASK) {
+        uint8_t *seen = view->scratch->seen;
+        const float unseen = config->no_softmax ? 0.0f : -INFINITY;
+        const int32_t num_seen =
+            job->state->hooks->mask(job->params->variant, &row, positions, count, seen);
+        for (int32_t i = 0; i < count; i++) {
+            x[i] = seen[i] ? x[i] : unseen;
+        }
+        return num_seen;
     }
     return count;
 }
@@ -140,9 +165,16 @@ float raddle_attention_cpu_state(const attention_cpu_job *job, const raddle_row 
     if (job->config->has_sinks) {
         raddle_sink(job->params->sinks[row->qo_head], &max, &state[1]);
     }
+    if (job->config->hooks & RADDLE_HOOK_STATE) {
+        job->state->hooks->state(job->params->variant, row, &max, &state[1]);
+    }
     if (max == before) {
         return 1.0f;
     }
     state[0] = max * LOG2_E;
     return raddle_exp(before - max);
+}
+
+void raddle_attention_cpu_output(const attention_cpu_job *job, const raddle_row *row, float *acc) {
+    job->state->hooks->output(job->params->variant, row, acc, job->config->head_dim_vo);
 }
