@@ -78,13 +78,13 @@ static void layout_scratch(const raddle_attention_config *config, const attentio
     const size_t rows = (size_t)state->block_rows;
     const size_t tile_kv = (size_t)config->tile_kv;
     const size_t width = (size_t)config->head_dim_vo;
-    const size_t operand = (size_t)state->operand_bytes;
     const size_t num_logits = (size_t)config->tile_rows * tile_kv;
-    scratch->q = raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * operand);
+    scratch->q =
+        raddle_arena_take(arena, rows * (size_t)config->head_dim_qk * (size_t)state->q_bytes);
     scratch->logits = raddle_arena_take(arena, num_logits * sizeof(float));
     scratch->weights = scratch->logits;
     if (state->add->operand != RADDLE_F32) {
-        scratch->weights = raddle_arena_take(arena, num_logits * operand);
+        scratch->weights = raddle_arena_take(arena, num_logits * (size_t)state->weight_bytes);
     }
     scratch->chunk.state = raddle_arena_take(arena, rows * 2 * sizeof(float));
     scratch->chunk.acc = raddle_arena_take(arena, rows * width * sizeof(float));
@@ -142,12 +142,14 @@ static void choose_loops(const raddle_attention_config *config, attention_cpu_st
     state->changes_logits = config->has_soft_cap || config->has_alibi || config->no_softmax ||
                             (config->hooks & (RADDLE_HOOK_LOGIT | RADDLE_HOOK_MASK)) != 0;
     state->changes_states = config->has_sinks || (config->hooks & RADDLE_HOOK_STATE) != 0;
-    const bool keeps_bf16 =
-        config->q_dtype == RADDLE_BF16 && !state->changes_queries && !state->changes_keys;
-    const raddle_vec_block *bf16 = keeps_bf16 ? state->vec->blocks_bf16[config->kv_dtype] : NULL;
-    state->add = bf16 ? bf16 : state->vec->blocks[config->kv_dtype];
-    state->dot = state->changes_keys ? state->vec->blocks[RADDLE_F32] : state->add;
-    state->operand_bytes = (int32_t)raddle_dtype_bytes(state->add->operand);
+    const raddle_vec_block *wide = state->vec->blocks[config->kv_dtype];
+    const raddle_vec_block *bf16 = state->vec->blocks_bf16[config->kv_dtype];
+    state->add = config->q_dtype == RADDLE_BF16 && bf16 ? bf16 : wide;
+    state->dot = state->changes_keys      ? state->vec->blocks[RADDLE_F32]
+                 : state->changes_queries ? wide
+                                          : state->add;
+    state->q_bytes = (int32_t)raddle_dtype_bytes(state->dot->operand);
+    state->weight_bytes = (int32_t)raddle_dtype_bytes(state->add->operand);
     state->few_tile_kv = raddle_dtype_bytes(config->kv_dtype) == 1 ? 2 * FEW_TILE_KV : FEW_TILE_KV;
     state->block_rows = config->tile_rows > MIN_BLOCK_ROWS ? config->tile_rows : MIN_BLOCK_ROWS;
 }

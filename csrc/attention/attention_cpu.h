@@ -60,9 +60,9 @@ typedef struct attention_cpu_tokens {
 
 /* One worker's memory. block_rows is the most rows (of one or several heads) computed together. */
 typedef struct attention_cpu_scratch {
-    void *q;                     /* [block_rows, head_dim_qk] of the operand's type */
+    void *q;                     /* [block_rows, head_dim_qk] of dot's operand */
     float *logits;               /* [tile_rows, tile_kv] */
-    void *weights;               /* the same in the operand's type; logits itself when float32 */
+    void *weights;               /* the same of add's operand; logits itself when float32 */
     attention_cpu_states chunk;  /* [block_rows]: of the tiles seen so far */
     attention_cpu_states folded; /* [block_rows]: of the chunks seen so far, in fixed-chunk mode */
     raddle_vec_panel k_panel, v_panel; /* a tile of one head, packed */
@@ -78,8 +78,9 @@ typedef struct attention_cpu_state {
     const raddle_vec *vec;
     const attention_cpu_loops *loops;
     const raddle_vec_block *dot; /* how q meets K */
-    const raddle_vec_block *add; /* how weights meet V; its operand is that of dot */
-    int32_t operand_bytes;       /* of an element of the operand's type */
+    const raddle_vec_block *add; /* how weights meet V */
+    int32_t q_bytes;             /* of an element of dot's operand */
+    int32_t weight_bytes;        /* of add's */
     int32_t block_rows;
     int32_t few_tile_kv; /* tokens of a tile for fewer rows than ATTENTION_CPU_MANY_ROWS */
     bool changes_queries;

@@ -37,7 +37,7 @@ LOOP_TARGET static void sigmoid(float *x, int64_t count) {
 LOOP_TARGET static void make_turns(float *to, const float *turns_per_token, int32_t pairs,
                                    int32_t position) {
     float *restrict cosines = to, *restrict sines = to + pairs;
-    for (int32_t i = 0; i < pairs; i++) {
+    for (int64_t i = 0; i < pairs; i++) {
         const float turn =
             raddle_turn(turns_per_token[2 * i], turns_per_token[2 * i + 1], position);
         raddle_sine_cosine(turn, &sines[i], &cosines[i]);
@@ -47,7 +47,7 @@ LOOP_TARGET static void make_turns(float *to, const float *turns_per_token, int3
 LOOP_TARGET static void rotate(float *x, const float *turns, int32_t pairs) {
     float *restrict lows = x, *restrict highs = x + pairs;
     const float *restrict cosines = turns, *restrict sines = turns + pairs;
-    for (int32_t i = 0; i < pairs; i++) {
+    for (int64_t i = 0; i < pairs; i++) {
         const float low = lows[i], high = highs[i];
         lows[i] = low * cosines[i] - high * sines[i];
         highs[i] = high * cosines[i] + low * sines[i];

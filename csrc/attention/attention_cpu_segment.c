@@ -173,13 +173,13 @@ static int32_t end_of_heads(const raddle_attention_config *config,
     return end < config->num_kv_heads ? end : config->num_kv_heads;
 }
 
-/* Copies the query rows of the block's heads, as the operand's type. */
+/* Copies the query rows of the block's heads, as dot's operand. */
 static void load_q(const attention_cpu_view *view) {
     const raddle_attention_params *params = view->job->params;
     const raddle_attention_config *config = view->job->config;
     const attention_cpu_state *state = view->job->state;
     const int64_t q_bytes = (int64_t)raddle_dtype_bytes(config->q_dtype);
-    const int64_t row_bytes = (int64_t)state->operand_bytes * config->head_dim_qk;
+    const int64_t row_bytes = (int64_t)state->q_bytes * config->head_dim_qk;
     char *to = view->scratch->q;
     for (int32_t head = view->head_begin; head < view->head_end; head++) {
         for (int32_t r = view->segment->row_begin; r < view->segment->row_end; r++) {

@@ -173,11 +173,11 @@ static void weigh_rows(const tile_view *t, int32_t begin, int32_t end, entry_ran
     const attention_cpu_state *shared = t->view->job->state;
     const int32_t width = t->view->job->config->head_dim_vo;
     float *x = logits + range.first;
-    char *to = weights + range.first * shared->operand_bytes;
+    char *to = weights + range.first * shared->weight_bytes;
     float factors[PANEL_ROWS];
     for (int32_t r = begin; !t->is_plain && r < end; r++) {
         const int64_t at = (r - begin) * t->ld;
-        change_logits(t, r, range, x + at, to + at * shared->operand_bytes);
+        change_logits(t, r, range, x + at, to + at * shared->weight_bytes);
     }
     if (t->view->job->config->no_softmax) {
         return;
@@ -201,7 +201,7 @@ static void few_logits(const tile_view *t) {
 }
 
 static void few_weights(const tile_view *t) {
-    const int64_t row_bytes = t->ld * t->view->job->state->operand_bytes;
+    const int64_t row_bytes = t->ld * t->view->job->state->weight_bytes;
     const int32_t num_rows = t->view->num_rows;
     for (int32_t r = 0, end; r < num_rows; r = end) {
         end = end_of_alike(t, r, num_rows - r < PANEL_ROWS ? num_rows : r + PANEL_ROWS);
@@ -217,9 +217,9 @@ static void few_weights(const tile_view *t) {
 static void add_seen_rows(const tile_view *t, int32_t r, entry_range range) {
     const attention_cpu_state *shared = t->view->job->state;
     const int32_t width = t->view->job->config->head_dim_vo;
-    const size_t bytes = (size_t)shared->operand_bytes;
+    const size_t bytes = (size_t)shared->weight_bytes;
     const void *rows[ATTENTION_CPU_TILE_KV];
-    char *weights = t->weights + r * t->ld * shared->operand_bytes;
+    char *weights = t->weights + r * t->ld * shared->weight_bytes;
     int count = 0;
     for (int32_t n = range.first; n < range.last; n++) {
         uint32_t bits = 0;
@@ -252,7 +252,7 @@ static void few_sums(const tile_view *t) {
         const raddle_vec_rows seen = {t->v.rows + range.first, NULL, t->v.offset,
                                       range.last - range.first};
         shared->add->add_rows(t->acc + (int64_t)r * width, width,
-                              t->weights + (r * t->ld + range.first) * shared->operand_bytes, t->ld,
+                              t->weights + (r * t->ld + range.first) * shared->weight_bytes, t->ld,
                               &seen, 1, width);
     }
 }
@@ -271,7 +271,7 @@ static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
     const attention_cpu_state *shared = view->job->state;
     const raddle_attention_config *config = view->job->config;
     const int64_t ld = t->ld;
-    const int64_t bytes = shared->operand_bytes;
+    const int64_t bytes = shared->weight_bytes;
     float *logits = t->logits;
     char *weights = t->weights;
     entry_range all = {0, t->tile->count};
@@ -283,7 +283,7 @@ static void attend_panel_rows(const tile_view *t, int32_t begin, int32_t end) {
             return;
         }
     }
-    shared->dot->dot_panel(logits, ld, t->q + begin * config->head_dim_qk * bytes,
+    shared->dot->dot_panel(logits, ld, t->q + begin * config->head_dim_qk * shared->q_bytes,
                            config->head_dim_qk, &view->scratch->k_panel, end - begin, all.first,
                            all.last);
     for (int32_t r = begin, next; r < end; r = next) {
@@ -328,7 +328,6 @@ static void point_at_head(tile_view *t, const attention_cpu_tile *next, int32_t 
     const raddle_attention_params *params = t->view->job->params;
     const raddle_attention_config *config = t->view->job->config;
     const attention_cpu_scratch *scratch = t->view->scratch;
-    const int64_t operand_bytes = t->view->job->state->operand_bytes;
     const int64_t row = (int64_t)(head - t->view->head_begin) * t->view->num_rows;
     const bool has_next = next->count > 0;
     const float scale = raddle_attention_cpu_scale(params, head);
@@ -344,7 +343,7 @@ static void point_at_head(tile_view *t, const attention_cpu_tile *next, int32_t 
     }
     t->v = (raddle_vec_rows){t->tile->tokens->v_rows, has_next ? next->tokens->v_rows : NULL,
                              head * params->v_stride_head, t->tile->count};
-    t->q = (const char *)scratch->q + row * config->head_dim_qk * operand_bytes;
+    t->q = (const char *)scratch->q + row * config->head_dim_qk * t->view->job->state->q_bytes;
     t->state = scratch->chunk.state + 2 * row;
     t->acc = scratch->chunk.acc + row * config->head_dim_vo;
 }

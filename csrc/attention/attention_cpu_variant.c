@@ -101,10 +101,12 @@ void raddle_attention_cpu_keys(const attention_cpu_view *view, const attention_c
         if (next->count > 0) {
             prefetch_key(next->tokens->k_rows[n], offset_bytes, depth * kv_bytes);
         }
-        job->state->vec->load[dtype](key, (const char *)tile->tokens->k_rows[n] + offset_bytes,
-                                     depth);
+        const char *row = (const char *)tile->tokens->k_rows[n] + offset_bytes;
         if (job->config->has_rope) {
-            job->state->loops->rotate(key, scratch->turns + (int64_t)n * depth, depth / 2);
+            job->state->vec->load_rotated[dtype](key, row, scratch->turns + (int64_t)n * depth,
+                                                 depth / 2);
+        } else {
+            job->state->vec->load[dtype](key, row, depth);
         }
         if (job->config->hooks & RADDLE_HOOK_KEY) {
             const raddle_key place = {

@@ -93,6 +93,10 @@ typedef struct raddle_vec {
     const raddle_vec_block *blocks_bf16[RADDLE_DTYPE_COUNT];
     /* By dtype, all of the above: widen to float32, exactly. */
     void (*load[RADDLE_DTYPE_COUNT])(float *dst, const void *src, int64_t count);
+    /* The same of a row whose halves are pairs, rotated: low * cosine - high * sine, high * cosine +
+     * low * sine. turns: half cosines, then half sines. */
+    void (*load_rotated[RADDLE_DTYPE_COUNT])(float *dst, const void *src, const float *turns,
+                                             int64_t half);
     /* float32, float16 and bfloat16: round to nearest even. */
     void (*store[RADDLE_DTYPE_COUNT])(void *dst, const float *src, int64_t count);
     /* x[i] = 2^(x[i] - max) in place, returns the sum; -inf gives exactly 0. max is finite. */

@@ -428,24 +428,41 @@ BF16_INLINE void weigh_tile(uint16_t *to, int64_t ldto, const float *x, int64_t 
     float states[2 * ROWS] = {0}, factors[ROWS], minus_base[ROWS], added[ROWS];
     __m512 most[ROWS] = {least, least, least, least};
     __m512 sums[ROWS] = {v_zero(), v_zero(), v_zero(), v_zero()};
-    for (int i = 0; i < count; i += PAIR_LANES) {
-        const __mmask16 mask = pair_mask(count - i);
+    /* Whole vectors without a mask, which would keep loads from taking their data out of stores that
+     * are still under way: the logits were stored just now, the weights are loaded at once. */
+    int i = 0;
+    for (; i + PAIR_LANES <= count; i += PAIR_LANES) {
         V_UNROLL
         for (int m = 0; m < num_rows; m++) {
-            most[m] = v_max(_mm512_mask_loadu_ps(least, mask, x + m * ldx + i), most[m]);
+            most[m] = v_max(_mm512_loadu_ps(x + m * ldx + i), most[m]);
+        }
+    }
+    const __mmask16 tail = pair_mask(count - i);
+    if (tail != 0) {
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            most[m] = v_max(_mm512_mask_loadu_ps(least, tail, x + m * ldx + i), most[m]);
         }
     }
     memcpy(states, state, 2 * (size_t)num_rows * sizeof *state);
     raise4(_mm_mul_ps(max4(most[0], most[1], most[2], most[3]), _mm_set1_ps(scale)), states,
            factors, minus_base);
-    for (int i = 0; i < count; i += PAIR_LANES) {
-        const __mmask16 mask = pair_mask(count - i);
+    for (i = 0; i + PAIR_LANES <= count; i += PAIR_LANES) {
         V_UNROLL
         for (int m = 0; m < num_rows; m++) {
-            const __m512 logits = _mm512_maskz_loadu_ps(mask, x + m * ldx + i);
+            const __m512 logits = _mm512_loadu_ps(x + m * ldx + i);
             const __m512 y = v_exp2(v_fma(logits, by, v_set1(minus_base[m])));
-            sums[m] = _mm512_mask_add_ps(sums[m], mask, sums[m], y);
-            _mm256_mask_storeu_epi16(to + m * ldto + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
+            sums[m] = v_add(sums[m], y);
+            _mm256_storeu_si256((__m256i *)(to + m * ldto + i), (__m256i)_mm512_cvtneps_pbh(y));
+        }
+    }
+    if (tail != 0) {
+        V_UNROLL
+        for (int m = 0; m < num_rows; m++) {
+            const __m512 logits = _mm512_maskz_loadu_ps(tail, x + m * ldx + i);
+            const __m512 y = v_exp2(v_fma(logits, by, v_set1(minus_base[m])));
+            sums[m] = _mm512_mask_add_ps(sums[m], tail, sums[m], y);
+            _mm256_mask_storeu_epi16(to + m * ldto + i, tail, (__m256i)_mm512_cvtneps_pbh(y));
         }
     }
     v_sum4(added, sums[0], sums[1], sums[2], sums[3]);

@@ -114,10 +114,11 @@ FP8_INLINE void prefetch_row(const raddle_vec_rows *b, int n, int length) {
 
 /* 16 bytes of four tokens, one in each lane. */
 FP8_INLINE __m512i load_group(const uint8_t *const row[GROUP], int k) {
-    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(row[0] + k)));
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row[1] + k)), 1);
-    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row[2] + k)), 2);
-    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(row[3] + k)), 3);
+    const __m256i low =
+        _mm256_loadu2_m128i((const __m128i *)(row[1] + k), (const __m128i *)(row[0] + k));
+    const __m256i high =
+        _mm256_loadu2_m128i((const __m128i *)(row[3] + k), (const __m128i *)(row[2] + k));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
 /* 8 elements of a left row in every lane. */
@@ -166,6 +167,21 @@ FP8_INLINE __m512 sum_lanes(const __m512 sums[VECS]) {
     return _mm512_permutexvar_ps(order, abcd);
 }
 
+/* width floats of 16; all of them without a mask, which would keep a load from taking its data out of
+ * a store that is still under way. */
+FP8_INLINE __m512 load_sums(const float *from, int width) {
+    return width >= PAIR_LANES ? _mm512_loadu_ps(from)
+                               : _mm512_maskz_loadu_ps(pair_mask(width), from);
+}
+
+FP8_INLINE void store_sums(float *to, __m512 sums, int width) {
+    if (width >= PAIR_LANES) {
+        _mm512_storeu_ps(to, sums);
+    } else {
+        _mm512_mask_storeu_ps(to, pair_mask(width), sums);
+    }
+}
+
 /* num_rows left rows by 16 tokens, of which left count; depth is a multiple of 16. b, n: to prefetch as
  * much of the next rows from n on, or NULL. */
 FP8_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
@@ -189,7 +205,7 @@ FP8_INLINE void dot_tile(float *c, int64_t ldc, const uint16_t *a, int64_t lda,
     }
     V_UNROLL
     for (int m = 0; m < num_rows; m++) {
-        _mm512_mask_storeu_ps(c + m * ldc, pair_mask(left), sum_lanes(sums[m]));
+        store_sums(c + m * ldc, sum_lanes(sums[m]), left);
     }
 }
 
@@ -263,20 +279,6 @@ FP8_INLINE void decode_pairs(__m512i to[VECS], __m512i even, __m512i odd, __m512
         const decoded y = decode(d, _mm512_permutex2var_epi8(even, behind, odd));
         to[2] = y.first;
         to[3] = y.last;
-    }
-}
-
-/* width floats of 16; all of them without a mask. */
-FP8_INLINE __m512 load_sums(const float *from, int width) {
-    return width >= PAIR_LANES ? _mm512_loadu_ps(from)
-                               : _mm512_maskz_loadu_ps(pair_mask(width), from);
-}
-
-FP8_INLINE void store_sums(float *to, __m512 sums, int width) {
-    if (width >= PAIR_LANES) {
-        _mm512_storeu_ps(to, sums);
-    } else {
-        _mm512_mask_storeu_ps(to, pair_mask(width), sums);
     }
 }
 

@@ -176,6 +176,14 @@ static void load_e5m2(float *dst, const void *src, int64_t count) {
     }
 }
 
+static void rotate(float *x, const float *turns, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float low = x[i], high = x[half + i];
+        x[i] = low * turns[i] - high * turns[half + i];
+        x[half + i] = high * turns[i] + low * turns[half + i];
+    }
+}
+
 static void store_f32(void *dst, const float *src, int64_t count) {
     memcpy(dst, src, (size_t)count * sizeof(float));
 }
@@ -233,6 +241,11 @@ static float sum_squares(const float *x, int64_t count) {
 }
 
 #define DEFINE_BLOCK(suffix)                                                                       \
+    static void load_rotated_##suffix(float *dst, const void *src, const float *turns,             \
+                                      int64_t half) {                                              \
+        load_##suffix(dst, src, 2 * half);                                                         \
+        rotate(dst, turns, half);                                                                  \
+    }                                                                                              \
     static const raddle_vec_block block_##suffix = {                                               \
         RADDLE_F32,        dot_rows_##suffix, add_rows_##suffix, pack_dot_##suffix,                \
         pack_add_##suffix, dot_panel,         add_panel,         weigh_rows,                       \
@@ -255,6 +268,11 @@ const raddle_vec raddle_vec_generic = {
              [RADDLE_BF16] = load_bf16,
              [RADDLE_F8_E4M3] = load_e4m3,
              [RADDLE_F8_E5M2] = load_e5m2},
+    .load_rotated = {[RADDLE_F32] = load_rotated_f32,
+                     [RADDLE_F16] = load_rotated_f16,
+                     [RADDLE_BF16] = load_rotated_bf16,
+                     [RADDLE_F8_E4M3] = load_rotated_e4m3,
+                     [RADDLE_F8_E5M2] = load_rotated_e5m2},
     .store = {[RADDLE_F32] = store_f32, [RADDLE_F16] = store_f16, [RADDLE_BF16] = store_bf16},
     .exp2_sum = exp2_sum,
     .max = max_of,

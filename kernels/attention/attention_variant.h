@@ -79,18 +79,26 @@ RADDLE_HOOK uint32_t raddle_float_to_bits(float x) {
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
+
+/* is_first ? first : second, without a way around the computation of either. */
+RADDLE_HOOK float raddle_choose(bool is_first, float first, float second) {
+    const uint32_t mask = (uint32_t)0 - (uint32_t)is_first;
+    return raddle_float_from_bits((raddle_float_to_bits(first) & mask) |
+                                  (raddle_float_to_bits(second) & ~mask));
+}
 #endif
 
-/* e^x to 2 units in the last place, subnormal results too; NaN stays NaN. Host: x * log2(e) is
- * split into a whole number (by adding 1.5 * 2^23) and f in [-1/2, 1/2], 2^f is a polynomial
- * (minimax, relative error 2e-9), the power of two is applied as two factors. */
+/* e^x to 2 units in the last place, subnormal results too; NaN stays NaN. Host: x, within 104 either
+ * way, times log2(e) is split into a whole number (by adding 1.5 * 2^23) and f in [-1/2, 1/2], 2^f is
+ * a polynomial (minimax, relative error 2e-9), the power of two is applied as two factors. Compared
+ * are bits: comparing floats may trap, which keeps compilers from making vectors. */
 RADDLE_HOOK float raddle_exp(float x) {
 #ifdef __CUDACC_RTC__
     return expf(x);
 #else
     const float magic = 12582912.0f;
-    const float low = x < -104.0f ? -104.0f : x;
-    const float y = low > 89.0f ? 89.0f : low;
+    const uint32_t bits = raddle_float_to_bits(x), size = bits & 0x7fffffff, most = 0x42d00000;
+    const float y = raddle_float_from_bits((size < most ? size : most) | (bits & 0x80000000));
     const float shifted = y * 1.44269504f + magic;
     const float whole = shifted - magic;
     /* ln 2 in two parts: the first has few enough bits that whole * part is exact. */
@@ -104,8 +112,9 @@ RADDLE_HOOK float raddle_exp(float x) {
     p = p * f + 1.0f;
     const int32_t power = (int32_t)(raddle_float_to_bits(shifted) - raddle_float_to_bits(magic));
     const int32_t half = power >> 1;
-    return p * raddle_float_from_bits((uint32_t)(half + 127) << 23) *
-           raddle_float_from_bits((uint32_t)(power - half + 127) << 23);
+    const float result = p * raddle_float_from_bits((uint32_t)(half + 127) << 23) *
+                         raddle_float_from_bits((uint32_t)(power - half + 127) << 23);
+    return raddle_choose(size > 0x7f800000, x, result);
 #endif
 }
 
@@ -123,7 +132,8 @@ RADDLE_HOOK float raddle_tanh(float x) {
     p = p * square + -0x1.b83c5ap-5f;
     p = p * square + 0x1.110726p-3f;
     p = p * square + -0x1.555532p-2f;
-    return size < 0.625f ? x + x * square * p : large;
+    const float small = x + x * square * p;
+    return raddle_choose(raddle_float_to_bits(size) < 0x3f200000, small, large);
 #endif
 }
 
@@ -145,9 +155,11 @@ RADDLE_HOOK void raddle_sine_cosine(float turn, float *sine, float *cosine) {
     c = c * square + 0x1.03c1dap+6f;
     c = c * square + -0x1.3bd3ccp+4f;
     c = c * square + 1.0f;
-    const float to_sine = (quarter & 1) != 0 ? c : s, to_cosine = (quarter & 1) != 0 ? s : c;
-    *sine = (quarter & 2) != 0 ? -to_sine : to_sine;
-    *cosine = ((quarter + 1) & 2) != 0 ? -to_cosine : to_cosine;
+    const bool is_odd = (quarter & 1) != 0;
+    const uint32_t sine_bits = raddle_float_to_bits(raddle_choose(is_odd, c, s));
+    const uint32_t cosine_bits = raddle_float_to_bits(raddle_choose(is_odd, s, c));
+    *sine = raddle_float_from_bits(sine_bits ^ (quarter & 2) << 30);
+    *cosine = raddle_float_from_bits(cosine_bits ^ ((quarter + 1) & 2) << 30);
 #endif
 }
 

@@ -196,6 +196,36 @@ static void test_lengths(const raddle_vec *vec) {
     }
 }
 
+static void test_rotated(const raddle_vec *vec) {
+    for (int t = 0; t < NUM_DTYPES; t++) {
+        const raddle_dtype dtype = dtypes[t];
+        for (int half = 0; half < 40; half++) {
+            unsigned char *stored = malloc((size_t)(2 * half + 1) * bytes_of(dtype));
+            float *wide = malloc((size_t)(2 * half + 1) * sizeof(float));
+            float *turns = malloc((size_t)(2 * half + 1) * sizeof(float));
+            for (int i = 0; i < 2 * half; i++) {
+                put_random(dtype, stored, i + 1);
+                turns[i + 1] = (float)random_value();
+            }
+            memset(wide, CANARY, (size_t)(2 * half + 1) * sizeof(float));
+            vec->load_rotated[dtype](wide + 1, stored + bytes_of(dtype), turns + 1, half);
+            int wrong = ((unsigned char *)wide)[0] != CANARY;
+            for (int i = 0; i < half; i++) {
+                const double low = element(dtype, stored, i + 1);
+                const double high = element(dtype, stored, half + i + 1);
+                const double cosine = turns[i + 1], sine = turns[half + i + 1];
+                const double size = 1e-6 * (fabs(low) + fabs(high));
+                wrong += fabs(wide[i + 1] - (low * cosine - high * sine)) > size;
+                wrong += fabs(wide[half + i + 1] - (high * cosine + low * sine)) > size;
+            }
+            CHECK_INT(wrong, 0);
+            free(stored);
+            free(wide);
+            free(turns);
+        }
+    }
+}
+
 /* ---------------------------------------------------------------- products */
 
 typedef struct product {
@@ -601,6 +631,7 @@ static void test_table(const raddle_vec *vec) {
     test_load(vec);
     test_store(vec);
     test_lengths(vec);
+    test_rotated(vec);
     test_reductions(vec);
     test_copy_ids(vec);
     for (int t = 0; t < NUM_DTYPES; t++) {
