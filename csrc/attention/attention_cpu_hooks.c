@@ -2,9 +2,10 @@
  * compiler.
  *
  * The translation unit is common/abi.h and attention_variant.h without their #include lines, the
- * declarations of the hooks that the variant has (so that a wrong one is told at its own line), the
- * variant's text, and attention_variant_rows.h. A content hash is its key in the table of this
- * process and in the kernel cache. Compiled variants live as long as the process.
+ * declarations of the hooks that the variant has (so that a wrong one is told at its own line), expf
+ * and tanhf as attention_variant.h has them, the variant's text, and attention_variant_rows.h. A
+ * content hash is its key in the table of this process and in the kernel cache. Compiled variants
+ * live as long as the process.
  */
 #include "attention/attention_cpu.h"
 
@@ -90,6 +91,8 @@ static void put_program(text_writer *writer, const raddle_attention_variant *var
     put_header(writer, "common/abi.h");
     put_header(writer, "attention/attention_variant.h");
     put_text(writer, "typedef struct raddle_variant raddle_variant;\n");
+    /* Of these compilers make vectors, of calls into the C library none. */
+    put_text(writer, "#define expf(x) raddle_exp(x)\n#define tanhf(x) raddle_tanh(x)\n");
     for (int i = 0; i < RADDLE_NUM_HOOKS; i++) {
         if (variant->hooks >> i & 1) {
             put_text(writer, "static inline __attribute__((always_inline)) ");

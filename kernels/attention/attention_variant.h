@@ -6,7 +6,8 @@
  *                                    raddle_pair x)
  *   raddle_pair raddle_variant_key(const raddle_variant *v, const raddle_key *key, int32_t dim,
  *                                  raddle_pair x)
- *       two elements of a row of q or K: dim < head_dim / 2, and the one head_dim / 2 behind it
+ *       two elements of a row of q or K: dim < head_dim / 2, and the one head_dim / 2 behind it; of
+ *       a plan that rotates, rotated
  *   float raddle_variant_logit(const raddle_variant *v, const raddle_row *row, int32_t kv_index,
  *                              float logit)
  *       logit = sm_scale * q . k, capped and biased by the built-ins; without softmax the result
@@ -15,9 +16,11 @@
  *       true: the row sees the key; causality and the window have been asked before
  *   void raddle_variant_state(const raddle_variant *v, const raddle_row *row, float *max,
  *                             float *sum)
- *       once per row when all keys are in: sum = sum of e^(logit - max)
+ *       once per row when all keys and the plan's sink are in: sum = sum of e^(logit - max); of a
+ *       row that sees nothing, -inf and 0
  *   float raddle_variant_output(const raddle_variant *v, const raddle_row *row, int32_t dim,
  *                               float x)
+ *       element dim of the row's result, before it is rounded
  * raddle_variant holds what the variant declares: v->name for a scalar, v->name.data,
  * v->name.stride[i] and v->name.shape[i] for a tensor. The text must be both C11 and C++.
  */
