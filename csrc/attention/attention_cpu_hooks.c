@@ -12,10 +12,10 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/alloc.h"
 #include "base/hash.h"
+#include "base/io.h"
 #include "cpu/compile.h"
 #include "cuda/cache.h"
 #include "cuda/environment.h"
@@ -148,12 +148,6 @@ static void store_to_disk(raddle_hash key, const void *object, size_t bytes) {
     }
 }
 
-static double now_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static raddle_status build_rows(const raddle_compile_program *program, raddle_hash key,
                                 const raddle_variant_rows **out_rows) {
     void *object = NULL, *rows = NULL;
@@ -169,9 +163,9 @@ static raddle_status build_rows(const raddle_compile_program *program, raddle_ha
         }
         object = NULL; /* made where other libraries are; this machine's compiler may do */
     }
-    const double begin = now_seconds();
+    const double begin = raddle_now_seconds();
     RADDLE_TRY(raddle_compile(program, &object, &bytes));
-    raddle_log(2, "compiled %s in %.0f ms", program->name, 1e3 * (now_seconds() - begin));
+    raddle_log(2, "compiled %s in %.0f ms", program->name, 1e3 * (raddle_now_seconds() - begin));
     const raddle_status status =
         raddle_compile_load(program->name, object, bytes, rows_symbol, &rows);
     if (status == RADDLE_OK) {

@@ -284,7 +284,7 @@ static const attention_cpu_states *attend_block(const attention_cpu_view *view) 
     const attention_cpu_scratch *scratch = view->scratch;
     const raddle_attention_segment *segment = view->segment;
     const int32_t width = view->job->config->head_dim_vo;
-    const int32_t fixed_chunk = view->job->params->header->fixed_chunk;
+    const int32_t fixed_chunk = view->job->params->fixed_chunk;
     const int64_t rows = (int64_t)(view->head_end - view->head_begin) * view->num_rows;
     load_q(view);
     if (fixed_chunk <= 0 || segment->slot >= 0) {

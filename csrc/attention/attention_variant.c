@@ -22,8 +22,6 @@ enum { MAX_NAME = 64, MAX_SOURCE = 1 << 20, LINE_BYTES = 256 };
 static const char HOOK_PREFIX[] = "raddle_variant_";
 static const char *const hook_names[RADDLE_NUM_HOOKS] = {"query", "key",   "logit",
                                                          "mask",  "state", "output"};
-static const char *const hook_flags[RADDLE_NUM_HOOKS] = {"QUERY", "KEY",   "LOGIT",
-                                                         "MASK",  "STATE", "OUTPUT"};
 
 /* ------------------------------------------------------------------ reading the source */
 
@@ -176,7 +174,11 @@ static raddle_status write_text(const raddle_attention_variant_spec *spec,
         return raddle_fail_memory(bytes);
     }
     for (int i = 0; i < RADDLE_NUM_HOOKS; i++) {
-        snprintf(line, sizeof line, "#define RADDLE_HAS_%s %d\n", hook_flags[i],
+        char flag[MAX_NAME] = "";
+        for (size_t c = 0; hook_names[i][c] != '\0'; c++) {
+            flag[c] = (char)toupper((unsigned char)hook_names[i][c]);
+        }
+        snprintf(line, sizeof line, "#define RADDLE_HAS_%s %d\n", flag,
                  (int)(variant->hooks >> i & 1));
         append(text, bytes, line);
     }
@@ -295,12 +297,6 @@ void raddle_attention_variant_destroy(raddle_attention_variant *variant) {
 }
 
 /* ------------------------------------------------------------------ arguments of a run */
-
-size_t raddle_attention_variant_block_bytes(const raddle_attention_variant *variant) {
-    const size_t bytes = (size_t)variant->num_tensors * sizeof(raddle_variant_tensor) +
-                         (size_t)variant->num_scalars * 4;
-    return bytes == 0 ? 8 : (bytes + 7) / 8 * 8;
-}
 
 static raddle_status bind_tensor(const raddle_attention_variant_argument *declared,
                                  const raddle_tensor *tensor, raddle_device device,

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "base/alloc.h"
+#include "base/io.h"
 #include "cpu/isa.h"
 
 extern char **environ;
@@ -108,20 +109,6 @@ const char *raddle_compile_signature(void) {
 
 /* ---------------------------------------------------------------- files */
 
-static bool write_all(int file, const void *data, size_t bytes) {
-    for (size_t done = 0; done < bytes;) {
-        const ssize_t put = write(file, (const char *)data + done, bytes - done);
-        if (put < 0 && errno == EINTR) {
-            continue;
-        }
-        if (put <= 0) {
-            return false;
-        }
-        done += (size_t)put;
-    }
-    return true;
-}
-
 static raddle_status fail_io(const char *doing, const char *path) {
     return raddle_fail(RADDLE_ERR_IO, "variant: cannot %s %.600s: %s", doing, path,
                        strerror(errno));
@@ -166,7 +153,7 @@ static raddle_status write_file(const char *path, const void *data, size_t bytes
     if (file < 0) {
         return fail_io("make", path);
     }
-    const bool is_written = write_all(file, data, bytes);
+    const bool is_written = raddle_write_all(file, data, bytes);
     const raddle_status status = is_written ? RADDLE_OK : fail_io("write", path);
     close(file);
     return status;
@@ -251,27 +238,12 @@ static bool wait_for(pid_t pid) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-/* The first line of log that has "error" in it, else its first line. */
-static void first_error_line(const char *log, char line[LINE_BYTES]) {
-    const char *begin = log, *chosen = log;
-    while (*begin != '\0') {
-        const size_t length = strcspn(begin, "\n");
-        const char *found = strstr(begin, "error");
-        if (found != NULL && found < begin + length) {
-            chosen = begin;
-            break;
-        }
-        begin += length + (begin[length] == '\n');
-    }
-    snprintf(line, LINE_BYTES, "%.*s", (int)strcspn(chosen, "\n"), chosen);
-}
-
 static raddle_status fail_compile(const raddle_compile_program *program, const char *log_path) {
     char *log = NULL;
     char line[LINE_BYTES];
     size_t bytes = 0;
     RADDLE_TRY(read_file(log_path, &log, &bytes));
-    first_error_line(log, line);
+    raddle_first_error_line(log, line, sizeof line);
     raddle_fail_log(RADDLE_ERR_COMPILE, log,
                     "%s does not compile with %s: %s; the whole log is in the error's log "
                     "attribute",
@@ -343,7 +315,7 @@ static void *load_from_memory(const void *object, size_t bytes) {
 #ifdef MFD_CLOEXEC
     char path[64];
     const int file = memfd_create("raddle-variant", MFD_CLOEXEC);
-    if (file >= 0 && write_all(file, object, bytes)) {
+    if (file >= 0 && raddle_write_all(file, object, bytes)) {
         snprintf(path, sizeof path, "/proc/self/fd/%d", file);
         handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     }

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/alloc.h"
+#include "base/io.h"
 #include "cuda/notice.h"
 
 enum {
@@ -269,21 +270,6 @@ static raddle_status make_folder(const char *folder) {
     return RADDLE_OK;
 }
 
-static bool write_all(int file, const void *data, size_t bytes) {
-    for (size_t done = 0; done < bytes;) {
-        const ssize_t put = write(file, (const char *)data + done, bytes - done);
-        if (put < 0 && errno == EINTR) {
-            continue;
-        }
-        if (put <= 0) {
-            errno = put == 0 ? ENOSPC : errno;
-            return false;
-        }
-        done += (size_t)put;
-    }
-    return true;
-}
-
 static raddle_status write_file(const char *folder, const char *path, const cache_header *header,
                                 const void *payload, size_t bytes) {
     const int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -291,8 +277,8 @@ static raddle_status write_file(const char *folder, const char *path, const cach
         return fail_io("cannot write in", folder);
     }
     raddle_status status = RADDLE_OK;
-    if (!write_all(file, header, sizeof *header) || !write_all(file, payload, bytes) ||
-        fsync(file) != 0) {
+    if (!raddle_write_all(file, header, sizeof *header) ||
+        !raddle_write_all(file, payload, bytes) || fsync(file) != 0) {
         status = fail_io("cannot write in", folder);
     }
     if (close(file) != 0 && status == RADDLE_OK) {

@@ -4,9 +4,9 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/alloc.h"
+#include "base/io.h"
 #include "cuda/cache.h"
 #include "cuda/environment.h"
 #include "cuda/kernel.h"
@@ -266,25 +266,19 @@ static void store_to_disk(const raddle_image *image, int nvrtc_version) {
     }
 }
 
-static double now_seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static raddle_status compile_image(raddle_image *image, const source_closure *closure,
                                    const char *config, const char *arch, int nvrtc_version) {
     void *code = NULL;
     size_t code_bytes = 0;
     char *log = NULL;
-    const double begin = now_seconds();
+    const double begin = raddle_now_seconds();
     RADDLE_TRY(compile_closure(closure, config, arch, &code, &code_bytes, &log));
     raddle_status status = make_payload(image, code, code_bytes, log);
     raddle_free(code);
     raddle_free(log);
     if (status == RADDLE_OK) {
         raddle_log(2, "compiled %s for %s in %.0f ms", closure->source->name, arch,
-                   1e3 * (now_seconds() - begin));
+                   1e3 * (raddle_now_seconds() - begin));
         store_to_disk(image, nvrtc_version);
     }
     return status;

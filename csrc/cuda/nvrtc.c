@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "base/alloc.h"
+#include "base/io.h"
 #include "cuda/driver.h"
 #include "cuda/library.h"
 
@@ -227,22 +228,6 @@ int raddle_nvrtc_peek_version(void) {
 
 /* ---------------------------------------------------------------- compiling */
 
-/* The first line of log that has "error" in it, else its first line; NUL-terminated in line. */
-static void first_error_line(const char *log, char *line, size_t line_bytes) {
-    const char *begin = log;
-    const char *chosen = log;
-    while (*begin != '\0') {
-        const size_t length = strcspn(begin, "\n");
-        const char *found = strstr(begin, "error");
-        if (found != NULL && found < begin + length) {
-            chosen = begin;
-            break;
-        }
-        begin += length + (begin[length] == '\n');
-    }
-    snprintf(line, line_bytes, "%.*s", (int)strcspn(chosen, "\n"), chosen);
-}
-
 static raddle_status read_log(nvrtc_program handle, char **out_log) {
     size_t bytes = 0;
     if (nvrtc.get_log_size(handle, &bytes) != 0) {
@@ -298,7 +283,7 @@ static raddle_status run_program(nvrtc_program handle, const raddle_nvrtc_progra
     RADDLE_TRY(read_log(handle, &log));
     raddle_status status = RADDLE_OK;
     if (result != 0) {
-        first_error_line(log, line, sizeof line);
+        raddle_first_error_line(log, line, sizeof line);
         status = raddle_fail_log(
             RADDLE_ERR_COMPILE, log,
             "%s for %s does not compile with NVRTC %d.%d (%s): %s; the whole log is in the error's "

@@ -31,8 +31,7 @@
 
 #ifdef __CUDACC_RTC__
 #define RADDLE_HOOK static __device__ __forceinline__
-#define RADDLE_NEGATIVE_INFINITY __int_as_float(0xff800000)
-#ifndef INFINITY /* of <math.h>, for the user's text */
+#ifndef INFINITY /* as <math.h> has them */
 #define INFINITY __int_as_float(0x7f800000)
 #define NAN __int_as_float(0x7fffffff)
 #endif
@@ -41,7 +40,6 @@
 #include <stdbool.h>
 #include <string.h>
 #define RADDLE_HOOK static inline
-#define RADDLE_NEGATIVE_INFINITY (-INFINITY)
 #endif
 
 /* A query row. */
@@ -200,7 +198,7 @@ RADDLE_HOOK float raddle_alibi(float slope, const raddle_row *row, int32_t kv_in
 /* An extra logit that nothing is read for: it enters the sum alone. */
 RADDLE_HOOK void raddle_sink(float sink, float *max, float *sum) {
     const float most = *max > sink ? *max : sink;
-    if (most > RADDLE_NEGATIVE_INFINITY) {
+    if (most > -INFINITY) {
         *sum = *sum * raddle_exp(*max - most) + raddle_exp(sink - most);
         *max = most;
     }

@@ -22,11 +22,12 @@ class Variant:
 
     query and key see two elements of a row, x.low at dim < head_dim / 2 and x.high head_dim / 2
     behind. logit gets sm_scale * q . k in natural units, after the plan's soft cap and ALiBi. mask
-    says whether the row sees the key; causality and the window are asked before. state is called
-    once per row, when all keys are in: sum = sum of e^(logit - max). output gets the finished
-    result, before it is rounded. raddle_row has request, qo_index, qo_len, kv_len, qo_head,
-    kv_head, token (row of q); raddle_key has request, kv_index, kv_len, kv_head. The text must be
-    C11 and C++ at once; the functions of <math.h> are there, and the built-ins of
+    says whether the row sees the key (on a GPU, V of hidden keys must still be numbers, not NaN or
+    infinity); causality and the window are asked before. state is called when all keys of a row
+    are in: sum = sum of e^(logit - max); on a GPU by several threads, each with its own copies.
+    output gets the finished result, before it is rounded. raddle_row has request, qo_index, qo_len,
+    kv_len, qo_head, kv_head, token (row of q); raddle_key has request, kv_index, kv_len, kv_head.
+    The text must be C11 and C++ at once; the functions of <math.h> are there, and the built-ins of
     kernels/attention/attention_variant.h (raddle_soft_cap, raddle_alibi, raddle_rotate,
     raddle_sink, raddle_sigmoid, raddle_row_position).
 
@@ -34,8 +35,9 @@ class Variant:
     (name, dtype, "w") when a hook writes into it; dtype float32 (default), int32, int64, uint8 or
     bool. At most 8, of up to 4 dimensions; v->name.data, v->name.stride[i] (elements) and
     v->name.shape[i]. scalars: names, or (name, "int32"); at most 16; v->name. softmax=False: what
-    logit returns is the weight, nothing is divided, there is no lse. filename: how compilers call
-    the text in their messages; the name when not given.
+    logit returns is the weight, nothing is divided, there is no lse; on a GPU weights are rounded
+    to 16 bits, float16 with float16 or float8 K/V. filename: how compilers call the text in their
+    messages; the name when not given.
 
     Raises ArgumentError for a source without hooks or with an unknown one, and for bad
     declarations. Plans that use it raise CompileError, with the compiler's message and the line of

@@ -1,4 +1,4 @@
-// needs: base/status.c base/alloc.c cpu/isa.c cpu/compile.c
+// needs: base/status.c base/alloc.c base/io.c cpu/isa.c cpu/compile.c
 /* test_compile.c - C text to functions by the machine's compiler: what comes out runs, what is wrong
  * is told, nothing stays behind. Where there is no compiler, the message says so. */
 #include <dirent.h>
