@@ -86,13 +86,17 @@ typedef struct raddle_attention_config {
     int32_t causal;    /* 0 when every request has one query row: nothing to mask */
     int32_t has_window;
     int32_t has_soft_cap, has_rope, has_alibi, has_sinks, has_sigmoid;
-    uint32_t hooks;         /* raddle_attention_hook bits of the variant */
-    int32_t no_softmax;     /* of the variant, or sigmoid: weights are summed as they are */
-    int32_t tile_rows;      /* packed rows per item and K/V head */
-    int32_t tile_kv;        /* tokens: cuts lie at multiples of it */
-    int32_t heads_per_item; /* K/V heads that one worker handles together */
-    int32_t num_workers;    /* the most that a launch uses */
-    int32_t segment_cost;   /* price of starting a segment, in tokens of one item */
+    uint32_t hooks;     /* raddle_attention_hook bits of the variant */
+    int32_t no_softmax; /* of the variant, or sigmoid: weights are summed as they are */
+    int32_t tile_rows;  /* packed rows per item and K/V head */
+    int32_t tile_kv;    /* tokens: cuts lie at multiples of it */
+    /* K/V heads that one worker handles together: the most, and the fewest. The planner takes the
+     * fewest, twice that, .. */
+    int32_t heads_per_item, min_heads_per_item;
+    int32_t num_workers; /* the most that a launch uses */
+    /* In tokens of one K/V head: starting a segment; what a segment costs besides that is a part of
+     * an item; merging one head of such a part. */
+    int32_t segment_cost, cut_cost, merge_cost;
 } raddle_attention_config;
 
 /* The limits that the schedule's arrays are sized for. */
@@ -108,6 +112,7 @@ typedef struct raddle_attention_schedule {
     raddle_attention_header *header;
     raddle_attention_request *requests;
     int32_t *worker_indptr;
+    raddle_attention_segment *first_segments;
     raddle_attention_segment *segments;
     raddle_attention_merge *merges;
 } raddle_attention_schedule;
@@ -122,8 +127,7 @@ typedef struct raddle_attention_run_params {
 
 /* One back end. Both are complete; what a GPU plans itself is attention_device_plan.c's. */
 typedef struct raddle_attention_ops {
-    /* Chooses tile_rows, tile_kv, heads_per_item, num_workers and segment_cost; compiles what run()
-     * will launch. RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
+    /* Chooses the config from tile_rows on; compiles what run() will launch. RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
     raddle_status (*prepare)(raddle_attention_plan *plan);
     raddle_status (*run)(raddle_attention_plan *plan, const raddle_attention_run_params *params,
                          raddle_stream stream);
@@ -229,8 +233,6 @@ raddle_status raddle_attention_variant_bind(const raddle_attention_variant *vari
                                             const raddle_tensor *const *tensors,
                                             const double *scalars, raddle_device device,
                                             raddle_variant_block *out_block);
-/* Bytes of the block that the variant uses. */
-size_t raddle_attention_variant_block_bytes(const raddle_attention_variant *variant);
 
 /* attention_schedule.c: the planner. requests is filled already (batch of them). */
 raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,

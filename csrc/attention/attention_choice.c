@@ -26,16 +26,16 @@ enum {
     DECODE_FP8_PAIR_REGISTERS = 40, /* twice as many elements in a chunk */
     DECODE_MAX_ROW_TILES = 2,
 
-    /* Narrow items merge in parallel: 1 x 2048 takes 9.5 us with 1 head per item, 11.2 with 2; 16 x
-     * 2048 49.5 and 52.8; 1 x 32768 55, 55, 65 and 102 with 1, 2, 4 and 8; one 65536 + 63 x 512 146
-     * us with 1 or 2, 174 with 8. Wide ones gain nothing by longer rows (64 x 4096: 366 us with
-     * any), but 2 heads start half as many segments as 1 when requests are many. */
-    DECODE_HEADS_PER_ITEM = 2,
-    DECODE_MIN_ITEMS = 1024,
-    /* What one SM would have read in the time that a segment costs: one 65536 + 63 x 512 takes 143
-     * us with 80 KB, 149 with 128, 154 with 320; 16 x 8192, where 132 SMs get cut pieces of 128
-     * items, 185, 181 and 181. 64 x 1024 takes 96 with 80 and 99 with 40. */
-    DECODE_SEGMENT_BYTES = 80 * 1024,
+    /* Rows of all heads of an item, for which partials have room: a merge of more would take longer
+     * than wide items save. In fixed-chunk mode the width shapes the order of additions, so that it
+     * follows from the heads alone. */
+    DECODE_ITEM_ROWS = 32,
+    DECODE_FIXED_HEADS = 2,
+    /* Starting a segment, and what a segment costs besides that is a part of an item (H200: 32
+     * segments of 16 tokens one after the other take 125 us; 16 x 8192 takes 130 us on 132 cut
+     * shares, 125 on 128 whole items). */
+    DECODE_SEGMENT_NS = 3900,
+    DECODE_CUT_NS = 4400,
     /* A cut costs a prefill worker about one tile of K/V: first loads, partials of all rows, merge.
      */
     PREFILL_SEGMENT_COST = RADDLE_PREFILL_TILE_KV,
@@ -151,7 +151,10 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
         shape->stages = 2;
         const bool is_small = 2 * tile + out + q <= DECODE_REGISTERS_TWO_CTAS;
         const bool is_plain = !only_decode(config) && !each_logit(config);
-        shape->ctas_per_sm = is_small && is_plain && shape->row_tiles == 1 ? 2 : 1;
+        /* No lane's chunks lie past a row, which would take registers to tell. */
+        const bool is_whole =
+            config->head_dim_qk % (4 * elements) == 0 && config->head_dim_vo % (8 * elements) == 0;
+        shape->ctas_per_sm = is_small && is_plain && is_whole && shape->row_tiles == 1 ? 2 : 1;
         return true;
     }
     shape->stages = 1;
@@ -176,14 +179,21 @@ static int32_t decode_tile_rows(const raddle_attention_config *config, int64_t r
     return 0;
 }
 
-/* In fixed-chunk mode the width shapes the order of additions, so that it follows from the heads
- * alone. */
-static int32_t choose_heads_per_item(const raddle_attention_spec *spec,
-                                     const raddle_attention_config *config) {
-    const int32_t heads = DECODE_HEADS_PER_ITEM;
-    const int64_t items = (int64_t)spec->max_batch * (config->num_kv_heads / heads);
-    const bool wide = spec->fixed_chunk > 0 || items >= DECODE_MIN_ITEMS;
-    return wide && config->num_kv_heads % heads == 0 ? heads : 1;
+/* The largest power of two that divides the heads and leaves an item's rows within bounds. */
+static int32_t most_heads_per_item(const raddle_attention_spec *spec,
+                                   const raddle_attention_config *config, int32_t tile_rows) {
+    const int32_t most = spec->fixed_chunk > 0 ? DECODE_FIXED_HEADS : RADDLE_DECODE_WARPS;
+    int32_t heads = 1;
+    while (2 * heads <= most && config->num_kv_heads % (2 * heads) == 0 &&
+           2 * heads * tile_rows <= DECODE_ITEM_ROWS) {
+        heads *= 2;
+    }
+    return heads;
+}
+
+/* Tokens of one K/V head that a worker reads meanwhile. */
+static int32_t tokens_in(int32_t ns, int32_t bytes_per_us, int32_t token_bytes) {
+    return (int32_t)((int64_t)ns * bytes_per_us / 1000 / token_bytes) + 1;
 }
 
 static bool choose_decode(const raddle_attention_spec *spec, const raddle_attention_config *config,
@@ -194,15 +204,16 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
     if (tile_rows == 0) {
         return false;
     }
-    const int32_t heads = choose_heads_per_item(spec, config);
+    const int32_t heads = most_heads_per_item(spec, config, tile_rows);
     const int32_t shared =
         raddle_decode_shared_bytes(tile_rows, shape.row_tiles, shape.q_quads, config->head_dim_vo,
                                    heads, shape.q_in_shared, spec->fixed_chunk > 0);
     if (shared + DECODE_STATIC_BYTES > machine->shared_bytes) {
         return false;
     }
-    const int32_t token_bytes = heads * (config->head_dim_qk + config->head_dim_vo) *
-                                (int32_t)raddle_dtype_bytes(config->kv_dtype);
+    const int32_t token_bytes =
+        (config->head_dim_qk + config->head_dim_vo) * (int32_t)raddle_dtype_bytes(config->kv_dtype);
+    const int32_t read_rate = machine->read_rate / shape.ctas_per_sm; /* of a worker */
     *choice = (raddle_attention_choice){
         .kernel = "attention/attention_decode",
         .block_threads = 32 * RADDLE_DECODE_WARPS,
@@ -211,10 +222,12 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
         .tile_rows = tile_rows,
         .tile_kv = RADDLE_DECODE_TILE_KV,
         .heads_per_item = heads,
-        .segment_cost = DECODE_SEGMENT_BYTES / shape.ctas_per_sm / token_bytes + 1,
+        .min_heads_per_item = spec->fixed_chunk > 0 ? heads : 1,
+        .segment_cost = tokens_in(DECODE_SEGMENT_NS, read_rate, token_bytes),
+        .cut_cost = tokens_in(DECODE_CUT_NS, read_rate, token_bytes),
+        .merge_cost = tile_rows * config->head_dim_vo * 4 / token_bytes + 1,
     };
     define_common(config, choice);
-    define_int(choice->config, "HEADS_PER_ITEM", heads);
     define_int(choice->config, "ROW_TILES", shape.row_tiles);
     define_int(choice->config, "STAGES", shape.stages);
     define_int(choice->config, "HALVES", shape.halves);
@@ -272,6 +285,7 @@ static void choose_prefill(const raddle_attention_spec *spec, const raddle_atten
         .tile_rows = prefill_forms[form].tile_rows,
         .tile_kv = RADDLE_PREFILL_TILE_KV,
         .heads_per_item = 1,
+        .min_heads_per_item = 1,
         .segment_cost = PREFILL_SEGMENT_COST,
     };
     define_common(config, choice);

@@ -13,6 +13,7 @@ typedef struct raddle_attention_machine {
     int32_t arch; /* 90 for compute capability 9.0 */
     int32_t num_sms;
     int32_t shared_bytes; /* that one CTA may have, static and dynamic */
+    int32_t read_rate;    /* bytes that one SM reads in a us when all do */
 } raddle_attention_machine;
 
 typedef struct raddle_attention_choice {
@@ -21,7 +22,8 @@ typedef struct raddle_attention_choice {
     int32_t block_threads;
     int32_t ctas_per_sm;  /* that the kernel is compiled for */
     int32_t shared_bytes; /* dynamic */
-    int32_t tile_rows, tile_kv, heads_per_item, segment_cost;
+    int32_t tile_rows, tile_kv, heads_per_item, min_heads_per_item; /* as the config has them */
+    int32_t segment_cost, cut_cost, merge_cost;
 } raddle_attention_choice;
 
 /* RADDLE_ERR_UNSUPPORTED with every reason. */

@@ -69,7 +69,8 @@ static void choose_cuts(const raddle_attention_spec *spec, raddle_attention_conf
     config->tile_kv = ATTENTION_CPU_TILE_KV;
     const int32_t threads = raddle_threads_count();
     config->num_workers = spec->max_ctas > 0 ? min_i32(spec->max_ctas, threads) : threads;
-    config->segment_cost = SEGMENT_COST;
+    config->min_heads_per_item = config->heads_per_item;
+    config->segment_cost = SEGMENT_COST * config->heads_per_item;
 }
 
 /* One worker's buffers out of arena, which starts each on a boundary of RADDLE_ARENA_ALIGN. */

@@ -84,6 +84,7 @@ static raddle_status prepare_kernel(raddle_attention_plan *plan, cuda_plan_state
         .arch = state->device->arch,
         .num_sms = state->device->num_sms,
         .shared_bytes = state->device->shared_bytes_optin,
+        .read_rate = state->device->read_rate,
     };
     raddle_attention_config *config = &plan->config;
     raddle_attention_choice choice;
@@ -93,7 +94,10 @@ static raddle_status prepare_kernel(raddle_attention_plan *plan, cuda_plan_state
     config->tile_rows = choice.tile_rows;
     config->tile_kv = choice.tile_kv;
     config->heads_per_item = choice.heads_per_item;
+    config->min_heads_per_item = choice.min_heads_per_item;
     config->segment_cost = choice.segment_cost;
+    config->cut_cost = choice.cut_cost;
+    config->merge_cost = choice.merge_cost;
     plan->params.tile_rows = choice.tile_rows;
     state->launch = (raddle_launch){
         .grid = {(unsigned)config->num_workers, 1, 1},
@@ -150,8 +154,7 @@ typedef struct common_plan {
     raddle_dtype dtype;
     int16_t head_dim_qk, head_dim_vo;
     int16_t group_size, qo_len;
-    int16_t num_kv_heads, max_batch; /* decide heads_per_item */
-    raddle_dtype kv_dtype;           /* NONE: dtype */
+    raddle_dtype kv_dtype; /* NONE: dtype */
     unsigned built_ins;
 } common_plan;
 
@@ -159,71 +162,64 @@ typedef struct common_plan {
 enum { CAP = 1, SINK = 2, BIAS = 4, ROTATE = 8, PLAIN_WEIGHTS = 16 };
 
 static const common_plan common_plans[] = {
-    /* Decode: one head per item, or two when requests are many. */
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 256, 0, 0},
-    {RADDLE_BF16, 64, 64, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 64, 64, 4, 1, 8, 256, 0, 0},
-    {RADDLE_BF16, 256, 256, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 256, 256, 4, 1, 8, 256, 0, 0},
-    {RADDLE_BF16, 80, 80, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 96, 96, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 112, 112, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 192, 192, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 192, 128, 4, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 8, 8, 4, 1, 8, 1, 0, 0},
-    {RADDLE_F16, 128, 128, 4, 1, 8, 1, 0, 0},
-    {RADDLE_F16, 128, 128, 4, 1, 8, 256, 0, 0},
-    {RADDLE_F16, 64, 64, 4, 1, 8, 1, 0, 0},
-    {RADDLE_F16, 64, 64, 4, 1, 8, 256, 0, 0},
-    {RADDLE_F16, 256, 256, 4, 1, 8, 1, 0, 0},
+    /* Decode. */
+    {RADDLE_BF16, 128, 128, 4, 1, 0, 0},
+    {RADDLE_BF16, 64, 64, 4, 1, 0, 0},
+    {RADDLE_BF16, 256, 256, 4, 1, 0, 0},
+    {RADDLE_BF16, 80, 80, 4, 1, 0, 0},
+    {RADDLE_BF16, 96, 96, 4, 1, 0, 0},
+    {RADDLE_BF16, 112, 112, 4, 1, 0, 0},
+    {RADDLE_BF16, 192, 192, 4, 1, 0, 0},
+    {RADDLE_BF16, 192, 128, 4, 1, 0, 0},
+    {RADDLE_BF16, 8, 8, 4, 1, 0, 0},
+    {RADDLE_F16, 128, 128, 4, 1, 0, 0},
+    {RADDLE_F16, 64, 64, 4, 1, 0, 0},
+    {RADDLE_F16, 256, 256, 4, 1, 0, 0},
     /* Decode with 9 to 16 rows. */
-    {RADDLE_BF16, 128, 128, 4, 4, 8, 1, 0, 0},
-    {RADDLE_BF16, 128, 128, 4, 4, 8, 256, 0, 0},
-    {RADDLE_BF16, 64, 64, 16, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 32, 32, 16, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 80, 80, 16, 1, 8, 1, 0, 0},
-    {RADDLE_BF16, 192, 192, 16, 1, 8, 1, 0, 0},
-    {RADDLE_F16, 128, 128, 16, 1, 8, 1, 0, 0},
+    {RADDLE_BF16, 128, 128, 4, 4, 0, 0},
+    {RADDLE_BF16, 64, 64, 16, 1, 0, 0},
+    {RADDLE_BF16, 32, 32, 16, 1, 0, 0},
+    {RADDLE_BF16, 80, 80, 16, 1, 0, 0},
+    {RADDLE_BF16, 192, 192, 16, 1, 0, 0},
+    {RADDLE_F16, 128, 128, 16, 1, 0, 0},
     /* fp8 K/V: one stage and more, one row tile and two. */
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, RADDLE_F8_E4M3, 0},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 256, RADDLE_F8_E4M3, 0},
-    {RADDLE_BF16, 128, 128, 4, 4, 8, 1, RADDLE_F8_E4M3, 0},
-    {RADDLE_BF16, 64, 64, 4, 1, 8, 1, RADDLE_F8_E4M3, 0},
-    {RADDLE_BF16, 256, 256, 4, 1, 8, 1, RADDLE_F8_E4M3, 0},
-    {RADDLE_BF16, 80, 80, 4, 1, 8, 1, RADDLE_F8_E4M3, 0},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, RADDLE_F8_E5M2, 0},
-    {RADDLE_F16, 128, 128, 4, 1, 8, 1, RADDLE_F8_E4M3, 0},
-    {RADDLE_F16, 128, 128, 4, 1, 8, 1, RADDLE_F8_E5M2, 0},
+    {RADDLE_BF16, 128, 128, 4, 1, RADDLE_F8_E4M3, 0},
+    {RADDLE_BF16, 128, 128, 4, 4, RADDLE_F8_E4M3, 0},
+    {RADDLE_BF16, 64, 64, 4, 1, RADDLE_F8_E4M3, 0},
+    {RADDLE_BF16, 256, 256, 4, 1, RADDLE_F8_E4M3, 0},
+    {RADDLE_BF16, 80, 80, 4, 1, RADDLE_F8_E4M3, 0},
+    {RADDLE_BF16, 128, 128, 4, 1, RADDLE_F8_E5M2, 0},
+    {RADDLE_F16, 128, 128, 4, 1, RADDLE_F8_E4M3, 0},
+    {RADDLE_F16, 128, 128, 4, 1, RADDLE_F8_E5M2, 0},
     /* Built-in variants. */
-    {RADDLE_BF16, 256, 256, 4, 1, 8, 1, 0, CAP},
-    {RADDLE_BF16, 64, 64, 8, 1, 8, 1, 0, SINK},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, 0, BIAS},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, 0, ROTATE},
-    {RADDLE_F16, 128, 128, 4, 1, 8, 1, 0, ROTATE},
-    {RADDLE_BF16, 256, 256, 4, 1, 8, 1, 0, ROTATE},
-    {RADDLE_BF16, 80, 80, 4, 4, 8, 1, 0, ROTATE},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, RADDLE_F8_E4M3, ROTATE},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, 0, PLAIN_WEIGHTS},
-    {RADDLE_BF16, 128, 128, 4, 1, 8, 1, RADDLE_F8_E4M3, CAP | SINK | BIAS},
-    {RADDLE_BF16, 256, 256, 4, 512, 8, 1, 0, CAP},
-    {RADDLE_BF16, 64, 64, 8, 512, 8, 1, 0, SINK},
-    {RADDLE_BF16, 128, 128, 4, 512, 8, 1, 0, BIAS | CAP},
+    {RADDLE_BF16, 256, 256, 4, 1, 0, CAP},
+    {RADDLE_BF16, 64, 64, 8, 1, 0, SINK},
+    {RADDLE_BF16, 128, 128, 4, 1, 0, BIAS},
+    {RADDLE_BF16, 128, 128, 4, 1, 0, ROTATE},
+    {RADDLE_F16, 128, 128, 4, 1, 0, ROTATE},
+    {RADDLE_BF16, 256, 256, 4, 1, 0, ROTATE},
+    {RADDLE_BF16, 80, 80, 4, 4, 0, ROTATE},
+    {RADDLE_BF16, 128, 128, 4, 1, RADDLE_F8_E4M3, ROTATE},
+    {RADDLE_BF16, 128, 128, 4, 1, 0, PLAIN_WEIGHTS},
+    {RADDLE_BF16, 128, 128, 4, 1, RADDLE_F8_E4M3, CAP | SINK | BIAS},
+    {RADDLE_BF16, 256, 256, 4, 512, 0, CAP},
+    {RADDLE_BF16, 64, 64, 8, 512, 0, SINK},
+    {RADDLE_BF16, 128, 128, 4, 512, 0, BIAS | CAP},
     /* Prefill: 128 rows, then 64 with two stages and with one. */
-    {RADDLE_BF16, 128, 128, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 64, 64, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 80, 80, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 96, 96, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 8, 8, 4, 512, 8, 1, 0, 0},
-    {RADDLE_F16, 128, 128, 4, 512, 8, 1, 0, 0},
-    {RADDLE_F16, 64, 64, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 128, 128, 48, 1, 1, 1, 0, 0},
-    {RADDLE_BF16, 64, 64, 48, 1, 1, 1, 0, 0},
-    {RADDLE_BF16, 112, 112, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 192, 192, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 192, 128, 4, 512, 8, 1, 0, 0},
-    {RADDLE_BF16, 256, 256, 4, 512, 8, 1, 0, 0},
-    {RADDLE_F16, 256, 256, 4, 512, 8, 1, 0, 0},
+    {RADDLE_BF16, 128, 128, 4, 512, 0, 0},
+    {RADDLE_BF16, 64, 64, 4, 512, 0, 0},
+    {RADDLE_BF16, 80, 80, 4, 512, 0, 0},
+    {RADDLE_BF16, 96, 96, 4, 512, 0, 0},
+    {RADDLE_BF16, 8, 8, 4, 512, 0, 0},
+    {RADDLE_F16, 128, 128, 4, 512, 0, 0},
+    {RADDLE_F16, 64, 64, 4, 512, 0, 0},
+    {RADDLE_BF16, 128, 128, 48, 1, 0, 0},
+    {RADDLE_BF16, 64, 64, 48, 1, 0, 0},
+    {RADDLE_BF16, 112, 112, 4, 512, 0, 0},
+    {RADDLE_BF16, 192, 192, 4, 512, 0, 0},
+    {RADDLE_BF16, 192, 128, 4, 512, 0, 0},
+    {RADDLE_BF16, 256, 256, 4, 512, 0, 0},
+    {RADDLE_F16, 256, 256, 4, 512, 0, 0},
 };
 
 /* Kernels that no plan chooses. */
@@ -255,8 +251,8 @@ int raddle_attention_num_kernel_configs(void) {
 
 static raddle_status choose_common(const common_plan *common, raddle_attention_choice *choice) {
     const raddle_attention_spec spec = {
-        .max_batch = common->max_batch,
-        .max_qo_tokens = (int64_t)common->max_batch * common->qo_len,
+        .max_batch = 1,
+        .max_qo_tokens = common->qo_len,
         .max_qo_len = common->qo_len,
     };
     const raddle_attention_config config = {
@@ -265,8 +261,8 @@ static raddle_status choose_common(const common_plan *common, raddle_attention_c
         .o_dtype = common->dtype,
         .head_dim_qk = common->head_dim_qk,
         .head_dim_vo = common->head_dim_vo,
-        .num_qo_heads = common->num_kv_heads * common->group_size,
-        .num_kv_heads = common->num_kv_heads,
+        .num_qo_heads = 8 * common->group_size,
+        .num_kv_heads = 8,
         .group_size = common->group_size,
         .has_soft_cap = (common->built_ins & CAP) != 0,
         .has_sinks = (common->built_ins & SINK) != 0,
@@ -276,7 +272,7 @@ static raddle_status choose_common(const common_plan *common, raddle_attention_c
         .no_softmax = (common->built_ins & PLAIN_WEIGHTS) != 0,
     };
     const raddle_attention_machine machine = {
-        .arch = 90, .num_sms = 132, .shared_bytes = 227 * 1024};
+        .arch = 90, .num_sms = 132, .shared_bytes = 227 * 1024, .read_rate = 23000};
     return raddle_attention_choose(&spec, &config, &machine, choice);
 }
 

@@ -109,7 +109,8 @@ static raddle_status make_prefix(raddle_attention_plan *plan) {
     if (kinds <= RADDLE_PLAN_SHARED_KINDS || plan->device_plan.prefix != NULL) {
         return RADDLE_OK;
     }
-    return plan->base.backend->alloc(plan->base.device.index, ((size_t)kinds + 1) * sizeof(int64_t),
+    const size_t sums = 2 * ((size_t)kinds + 1);
+    return plan->base.backend->alloc(plan->base.device.index, sums * sizeof(int64_t),
                                      (void **)&plan->device_plan.prefix);
 }
 
@@ -154,6 +155,7 @@ static raddle_attention_plan_params make_params(const raddle_attention_plan *pla
         .header = place_in(plan, block, run->header),
         .requests = place_in(plan, block, run->requests),
         .worker_indptr = place_in(plan, block, run->worker_indptr),
+        .first_segments = place_in(plan, block, run->first_segments),
         .segments = place_in(plan, block, run->segments),
         .merges = place_in(plan, block, run->merges),
         .pages = place_in(plan, block, run->page_indices),
@@ -168,10 +170,13 @@ static raddle_attention_plan_params make_params(const raddle_attention_plan *pla
         .group_size = config->group_size,
         .num_kv_heads = config->num_kv_heads,
         .heads_per_item = config->heads_per_item,
+        .min_heads_per_item = config->min_heads_per_item,
         .tile_rows = config->tile_rows,
         .tile_kv = config->tile_kv,
         .num_workers = config->num_workers,
         .segment_cost = config->segment_cost,
+        .cut_cost = config->cut_cost,
+        .merge_cost = config->merge_cost,
         .causal = config->causal,
         .window_left = plan->spec.window_left,
         .fixed_chunk = plan->spec.fixed_chunk,
@@ -285,6 +290,7 @@ raddle_status raddle_attention_device_plan_read(const raddle_attention_plan *pla
         .header = place_in(plan, memory, run->header),
         .requests = place_in(plan, memory, run->requests),
         .worker_indptr = place_in(plan, memory, run->worker_indptr),
+        .first_segments = place_in(plan, memory, run->first_segments),
         .segments = place_in(plan, memory, run->segments),
         .merges = place_in(plan, memory, run->merges),
     };

@@ -1,7 +1,7 @@
 /* attention_plan.c - the life of an attention plan: create, update with a batch, run.
  *
  * One block of device memory, at an address that never changes, holds what update() sends:
- *   header | requests | worker_indptr | merges | segments | page table
+ *   header | requests | worker_indptr | first_segments | merges | segments | page table
  * It is written in a pinned slot and copied in at most two pieces (the page table starts behind
  * room for the most segments). A captured graph therefore stays valid across updates.
  */
@@ -37,6 +37,8 @@ static block_view view_block(const raddle_attention_plan *plan, void *data) {
         raddle_arena_take(&arena, (size_t)limits->max_batch * sizeof(raddle_attention_request));
     view.schedule.worker_indptr =
         raddle_arena_take(&arena, ((size_t)plan->config.num_workers + 1) * sizeof(int32_t));
+    view.schedule.first_segments = raddle_arena_take(&arena, (size_t)plan->config.num_workers *
+                                                                 sizeof(raddle_attention_segment));
     view.schedule.merges =
         raddle_arena_take(&arena, (size_t)limits->max_merges * sizeof(raddle_attention_merge));
     view.schedule.segments =
@@ -110,6 +112,7 @@ static void fill_constant_params(raddle_attention_plan *plan) {
     plan->params.requests = view.schedule.requests;
     plan->params.segments = view.schedule.segments;
     plan->params.worker_indptr = view.schedule.worker_indptr;
+    plan->params.first_segments = view.schedule.first_segments;
     plan->params.merges = view.schedule.merges;
     plan->params.page_indices = view.pages;
     plan->params.arrivals = plan->arrivals;
@@ -117,6 +120,8 @@ static void fill_constant_params(raddle_attention_plan *plan) {
     plan->params.num_kv_heads = config->num_kv_heads;
     plan->params.group_size = config->group_size;
     plan->params.page_size = config->page_size;
+    plan->params.page_divisor = raddle_make_divisor(config->page_size > 0 ? config->page_size : 1);
+    plan->params.group_divisor = raddle_make_divisor(config->group_size);
     plan->params.window_left = spec->window_left;
     plan->params.causal = config->causal;
     plan->params.fixed_chunk = spec->fixed_chunk;

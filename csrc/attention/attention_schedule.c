@@ -2,14 +2,14 @@
  * worker.
  *
  * Items (request, head group, row tile) are laid end to end; an item costs the K/V tokens it sees
- * plus the price of a segment. With load as the share of one worker, fill_workers() walks the items
+ * plus the price of a segment, and more when it is cut. How many heads a group has is chosen first
+ * (attention_heads.h). With load as the share of one worker, fill_workers() walks the items
  * once, gives each worker whole items while they fit, and cuts the one that does not, at a multiple
  * of the K/V tile, when the piece is worth its price. The smallest feasible load lies in a narrow
  * bracket that follows from the totals; a few tries decide. Uneven boundaries that exist
  * already (128 items on 132 workers) thus win over cuts when they are cheaper.
  *
- * Balance and pricing after notes on measured decode: a cut costs 1.5 to 2 us on an H100, the time
- * of a few tiles. Cf. FlashInfer (arXiv 2501.01005), algorithm 1, which cuts to a bound and assigns
+ * Cf. FlashInfer (arXiv 2501.01005), algorithm 1, which cuts to a bound and assigns
  * by a heap; contiguous shares need no heap, keep a worker's K/V neighbouring, and bound the
  * partials by the workers instead of the batch.
  */
@@ -17,8 +17,10 @@
 
 #include <assert.h>
 
+#include "kernels/attention/attention_heads.h"
+
 enum {
-    LOAD_PROBES = 2,
+    LOAD_PROBES = 4,
     CLOSE_LOADS = 64, /* loads that differ by less than one part of so many are as good */
 };
 
@@ -48,8 +50,8 @@ static int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-static int32_t head_groups(const raddle_attention_config *config) {
-    return (int32_t)ceil_div(config->num_kv_heads, config->heads_per_item);
+static int32_t head_groups(const raddle_attention_config *config, int32_t heads) {
+    return (int32_t)ceil_div(config->num_kv_heads, heads);
 }
 
 static int64_t min64(int64_t a, int64_t b) {
@@ -68,7 +70,7 @@ static int64_t cut_grain(const raddle_attention_spec *spec, const raddle_attenti
 raddle_status raddle_attention_limits_derive(const raddle_attention_spec *spec,
                                              const raddle_attention_config *config,
                                              raddle_attention_limits *out_limits) {
-    const int64_t groups = head_groups(config);
+    const int64_t groups = head_groups(config, config->min_heads_per_item);
     const int64_t workers = config->num_workers;
     /* A request's last tile may be partial; with a bounded qo_len each request has at most so many
      * tiles. */
@@ -123,18 +125,21 @@ typedef struct item_cursor {
     const raddle_attention_spec *spec;
     const raddle_attention_config *config;
     const raddle_attention_request *requests;
-    int32_t batch, num_groups; /* groups of heads, an item's each */
+    int32_t batch;
+    int32_t heads, num_groups; /* of an item; of such groups */
     int32_t request, group, row;
 } item_cursor;
 
 static item_cursor first_item(const raddle_attention_spec *spec,
                               const raddle_attention_config *config,
-                              const raddle_attention_request *requests, int32_t batch) {
+                              const raddle_attention_request *requests, int32_t batch,
+                              int32_t heads) {
     return (item_cursor){.spec = spec,
                          .config = config,
                          .requests = requests,
                          .batch = batch,
-                         .num_groups = head_groups(config)};
+                         .heads = heads,
+                         .num_groups = head_groups(config, heads)};
 }
 
 static bool next_item(item_cursor *cursor, item *out) {
@@ -145,7 +150,7 @@ static bool next_item(item_cursor *cursor, item *out) {
         if (cursor->row < rows && cursor->group < cursor->num_groups) {
             const int32_t left = rows - cursor->row;
             out->request = cursor->request;
-            out->head = cursor->group * config->heads_per_item;
+            out->head = cursor->group * cursor->heads;
             out->row_begin = cursor->row;
             out->row_end = cursor->row + (left < config->tile_rows ? left : config->tile_rows);
             raddle_attention_visible(request, config->group_size, config->causal != 0,
@@ -178,6 +183,8 @@ typedef struct walk {
     const raddle_attention_config *config;
     const raddle_attention_limits *limits;
     raddle_attention_schedule *out;
+    int32_t heads;                  /* of an item */
+    int64_t segment_cost, cut_cost; /* in tokens of an item */
     int64_t load;
     int64_t max_workers; /* that are worth starting */
     int32_t worker;      /* being filled */
@@ -215,20 +222,20 @@ static void emit_segment(walk *w, const item *it, int32_t kv_begin, int32_t kv_e
 
 /* The item and the next count - 1 that are like it, all for the current worker. */
 static void emit_whole_items(walk *w, const item *it, int32_t count) {
-    const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->config->segment_cost;
+    const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->segment_cost;
     w->used += count * cost;
     w->left -= count * cost;
     item one = *it;
     for (int32_t i = 0; i < count; i++) {
         emit_segment(w, &one, it->kv_begin, it->kv_end, false);
-        one.head += w->config->heads_per_item;
+        one.head += w->heads;
     }
 }
 
 /* A piece of a cut item for the current worker; in fixed-chunk mode it is one segment per chunk. */
 static void emit_piece(walk *w, const item *it, int32_t kv_begin, int32_t kv_end) {
     const int32_t chunk = w->spec->fixed_chunk;
-    w->used += (int64_t)(kv_end - kv_begin) + w->config->segment_cost;
+    w->used += (int64_t)(kv_end - kv_begin) + w->segment_cost + w->cut_cost;
     w->left -= kv_end - kv_begin;
     if (chunk == 0) {
         emit_segment(w, it, kv_begin, kv_end, true);
@@ -265,7 +272,7 @@ static void finish_cut_item(walk *w, const item *it, int32_t first_slot) {
  */
 static int32_t cut_position(const walk *w, int32_t kv_begin, int32_t kv_end) {
     const int64_t grain = cut_grain(w->spec, w->config);
-    const int64_t tokens = w->load - w->used - w->config->segment_cost;
+    const int64_t tokens = w->load - w->used - w->segment_cost - w->cut_cost;
     int64_t at = tokens < grain ? kv_begin : (kv_begin + tokens) / grain * grain;
     if (at <= kv_begin) {
         at = w->used > 0 ? kv_begin : (kv_begin / grain + 1) * grain;
@@ -275,7 +282,7 @@ static int32_t cut_position(const walk *w, int32_t kv_begin, int32_t kv_end) {
 
 /* How many of the item and those like it fit whole in what room the worker has. */
 static int32_t count_fitting(const walk *w, const item *it) {
-    const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->config->segment_cost;
+    const int64_t cost = (int64_t)(it->kv_end - it->kv_begin) + w->segment_cost;
     const int64_t room = w->load - w->used;
     return cost > room ? 0 : cost * it->num_alike <= room ? it->num_alike : (int32_t)(room / cost);
 }
@@ -287,7 +294,8 @@ static bool cut_item(walk *w, const item *it) {
     int32_t kv_begin = it->kv_begin;
     bool is_cut = false;
     for (;;) {
-        const int64_t cost = (int64_t)(it->kv_end - kv_begin) + w->config->segment_cost;
+        const int64_t cost =
+            (int64_t)(it->kv_end - kv_begin) + w->segment_cost + (is_cut ? w->cut_cost : 0);
         const bool fits = cost <= w->load - w->used;
         const int32_t end = fits ? it->kv_end : cut_position(w, kv_begin, it->kv_end);
         if (end == it->kv_end && (fits || end > kv_begin)) {
@@ -296,7 +304,7 @@ static bool cut_item(walk *w, const item *it) {
                 return true;
             }
             emit_piece(w, it, kv_begin, end);
-            w->left -= w->config->segment_cost;
+            w->left -= w->segment_cost;
             finish_cut_item(w, it, first_slot);
             return true;
         }
@@ -316,22 +324,43 @@ static bool cut_item(walk *w, const item *it) {
 
 typedef struct totals {
     int64_t items, tokens;
+    int64_t longest; /* tokens of one item */
     int64_t max_workers;
 } totals;
 
-static totals sum_items(const raddle_attention_spec *spec, const raddle_attention_config *config,
-                        const raddle_attention_request *requests, int32_t batch) {
-    item_cursor cursor = first_item(spec, config, requests, batch);
-    totals sum = {0};
+/* Chooses how many heads an item takes, and prices in its tokens. Adds all items up. */
+static totals sum_items(walk *w, int32_t batch) {
+    const raddle_attention_config *config = w->config;
+    raddle_heads_question question = {
+        .num_kv_heads = config->num_kv_heads,
+        .least = config->min_heads_per_item,
+        .most = config->heads_per_item,
+        .workers = config->num_workers,
+        .segment_cost = config->segment_cost,
+        .cut_cost = config->cut_cost,
+        .merge_cost = config->merge_cost,
+    };
+    item_cursor cursor = first_item(w->spec, config, w->out->requests, batch, config->num_kv_heads);
     item it;
     while (next_item(&cursor, &it)) {
-        sum.items += it.num_alike;
-        sum.tokens += (int64_t)it.num_alike * (it.kv_end - it.kv_begin);
-        skip_alike(&cursor, it.num_alike - 1);
+        const int32_t tokens = it.kv_end - it.kv_begin;
+        question.kinds++;
+        question.tokens += tokens;
+        question.longest = tokens > question.longest ? tokens : question.longest;
     }
-    /* A worker that would idle is worth starting for half of what a cut costs among busy ones (on
-     * an H100, 1 x 2048 takes 9.5 us on 128 workers, 10.3 on 96). */
-    const int64_t least = max64(config->segment_cost / 2, cut_grain(spec, config));
+    w->heads = question.least < question.most ? raddle_choose_heads(&question) : question.most;
+    w->segment_cost = ceil_div(config->segment_cost, w->heads);
+    w->cut_cost = ceil_div(config->cut_cost, w->heads);
+    const int64_t groups = head_groups(config, w->heads);
+    totals sum = {
+        .items = groups * question.kinds,
+        .tokens = groups * question.tokens,
+        .longest = question.longest,
+    };
+    /* A worker that would idle is worth starting for a quarter of a segment's price (on an H100, 1 x
+     * 2048 takes 9.5 us on 128 workers, 10.3 on 96; on an H200, 1 x 1024 takes 7.1 us on 94, 8.8 on
+     * 74). */
+    const int64_t least = max64(w->segment_cost / 4, cut_grain(w->spec, config));
     const int64_t useful = max64(1, max64(sum.items, sum.tokens / least));
     sum.max_workers = min64(config->num_workers, useful);
     return sum;
@@ -344,11 +373,14 @@ static bool fill_workers(walk *w, totals sum, int32_t batch, int64_t load) {
         .config = w->config,
         .limits = w->limits,
         .out = w->out,
+        .heads = w->heads,
+        .segment_cost = w->segment_cost,
+        .cut_cost = w->cut_cost,
         .load = load,
         .max_workers = sum.max_workers,
-        .left = sum.tokens + sum.items * w->config->segment_cost,
+        .left = sum.tokens + sum.items * w->segment_cost,
     };
-    item_cursor cursor = first_item(w->spec, w->config, w->out->requests, batch);
+    item_cursor cursor = first_item(w->spec, w->config, w->out->requests, batch, w->heads);
     item it;
     while (next_item(&cursor, &it)) {
         const int32_t count = count_fitting(w, &it);
@@ -363,15 +395,16 @@ static bool fill_workers(walk *w, totals sum, int32_t batch, int64_t load) {
 }
 
 /* Lays all items out at the least of a few loads at which they fit. */
-static void fill_evenly(walk *w, totals sum, int32_t batch) {
-    const int64_t price = w->config->segment_cost;
+static void fill_evenly(walk *w, int32_t batch) {
+    const totals sum = sum_items(w, batch);
+    const int64_t price = w->segment_cost, cut = price + 2 * w->cut_cost;
     const int64_t grain = cut_grain(w->spec, w->config);
     const int64_t workers = sum.max_workers;
-    /* Below: nothing cut. Above: a cut at every boundary, each leaving less than a price and a
-     * grain unused. */
     const int64_t low = ceil_div(sum.tokens + price * sum.items, workers);
-    int64_t fits =
-        ceil_div(sum.tokens + price * (sum.items + workers - 1), workers) + price + grain;
+    /* Enough with a cut at every boundary, each leaving less than its price and a grain unused; and
+     * enough with as many whole items each. */
+    const int64_t with_cuts = low + ceil_div(cut * (workers - 1), workers) + cut + grain + 1;
+    int64_t fits = min64(with_cuts, ceil_div(sum.items, workers) * (sum.longest + price));
     if (fill_workers(w, sum, batch, low)) {
         return;
     }
@@ -396,12 +429,17 @@ raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
                                               raddle_attention_schedule *schedule) {
     walk w = {.spec = spec, .config = config, .limits = limits, .out = schedule};
     schedule->worker_indptr[0] = 0;
-    fill_evenly(&w, sum_items(spec, config, schedule->requests, batch), batch);
+    fill_evenly(&w, batch);
     close_worker(&w);
     /* Every worker that a launch may start finds a range, an empty one past the last that has work.
      */
     for (int32_t i = w.worker; i < config->num_workers; i++) {
         schedule->worker_indptr[i + 1] = w.num_segments;
+    }
+    for (int32_t i = 0; i < w.worker; i++) {
+        if (schedule->worker_indptr[i] < w.num_segments) {
+            schedule->first_segments[i] = schedule->segments[schedule->worker_indptr[i]];
+        }
     }
     int32_t qo_tokens = 0;
     for (int32_t i = 0; i < batch; i++) {
@@ -414,7 +452,7 @@ raddle_status raddle_attention_schedule_build(const raddle_attention_spec *spec,
         .num_merges = w.num_merges,
         .num_slots = w.num_slots,
         .num_qo_tokens = qo_tokens,
-        .fixed_chunk = spec->fixed_chunk,
+        .heads_per_item = w.heads,
     };
     return RADDLE_OK;
 }

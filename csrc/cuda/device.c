@@ -8,6 +8,8 @@
 /* CUdevice_attribute */
 enum {
     ATTRIBUTE_NUM_SMS = 16,
+    ATTRIBUTE_MEMORY_KHZ = 36,
+    ATTRIBUTE_MEMORY_BITS = 37,
     ATTRIBUTE_L2_BYTES = 38,
     ATTRIBUTE_MAJOR = 75,
     ATTRIBUTE_MINOR = 76,
@@ -20,7 +22,7 @@ static _Atomic(raddle_cuda_device *) published[RADDLE_CUDA_MAX_DEVICES]; /* NULL
 
 static raddle_status read_attributes(raddle_cuda_device *device) {
     const raddle_cuda_driver *driver = device->driver;
-    int major = 0, minor = 0;
+    int major = 0, minor = 0, memory_khz = 0, memory_bits = 0;
     struct {
         int id;
         int *value;
@@ -28,6 +30,8 @@ static raddle_status read_attributes(raddle_cuda_device *device) {
         {ATTRIBUTE_MAJOR, &major},
         {ATTRIBUTE_MINOR, &minor},
         {ATTRIBUTE_NUM_SMS, &device->num_sms},
+        {ATTRIBUTE_MEMORY_KHZ, &memory_khz},
+        {ATTRIBUTE_MEMORY_BITS, &memory_bits},
         {ATTRIBUTE_SHARED_BYTES_OPTIN, &device->shared_bytes_optin},
         {ATTRIBUTE_L2_BYTES, &device->l2_bytes},
     };
@@ -37,6 +41,9 @@ static raddle_status read_attributes(raddle_cuda_device *device) {
             "asking a GPU for its limits"));
     }
     device->arch = 10 * major + minor;
+    /* Memory moves two bits per wire and clock, of which reads reach nine in ten. */
+    const double bytes_per_us = memory_khz * 1e-3 * 2 * memory_bits / 8;
+    device->read_rate = (int)(0.9 * bytes_per_us / device->num_sms);
     RADDLE_TRY(raddle_cuda_check(driver->device_total_mem(&device->memory_bytes, device->handle),
                                  "asking a GPU for its memory"));
     return raddle_cuda_check(

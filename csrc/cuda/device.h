@@ -16,6 +16,7 @@ typedef struct raddle_cuda_device {
     int num_sms;
     int shared_bytes_optin; /* dynamic shared memory that one block may ask for */
     int l2_bytes;
+    int read_rate; /* bytes that an SM reads in a us when all do */
     size_t memory_bytes;
     char name[96];
 } raddle_cuda_device;

@@ -320,7 +320,7 @@ static PyObject *plan_schedule(attention_plan_object *self, PyObject *unused) {
         (Py_ssize_t)((size_t)header->num_segments * sizeof(raddle_attention_segment)),
         (const char *)schedule.merges,
         (Py_ssize_t)((size_t)header->num_merges * sizeof(raddle_attention_merge)), "tile_rows",
-        config->tile_rows, "tile_kv", config->tile_kv, "heads_per_item", config->heads_per_item,
+        config->tile_rows, "tile_kv", config->tile_kv, "heads_per_item", header->heads_per_item,
         "segment_cost", config->segment_cost, "num_workers", config->num_workers, "num_slots",
         header->num_slots, "group_size", config->group_size, "num_kv_heads", config->num_kv_heads,
         "token_bytes",

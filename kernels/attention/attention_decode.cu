@@ -2,9 +2,10 @@
  * sm_80 and later.
  *
  * What      out and lse of the schedule's segments: up to 8 * ROW_TILES packed rows (query heads of
- *           a group x query tokens) against a K/V range, for HEADS neighbouring K/V heads.
- * Grid      one CTA per worker of the schedule; it walks its segments. Block: 8 warps, HEADS heads
- *           x WARPS_PER_HEAD; the warps of a head take tiles of 16 or 32 tokens in turn.
+ *           a group x query tokens) against a K/V range, for the schedule's heads_per_item
+ *           neighbouring K/V heads.
+ * Grid      one CTA per worker of the schedule; it walks its segments. Block: 8 warps, as many for
+ *           each head; the warps of a head take tiles of 16 or 32 tokens in turn.
  * Idea      a decode step reads every K and V byte once, so nothing is staged: a warp loads a tile
  *           from global memory straight into mma fragments, S^T[16 tokens x 8 rows] = K Q^T and
  *           O^T[dims x 8 rows] = V^T P^T. Pages, strides and gathers only change an address: lane t
@@ -15,7 +16,8 @@
  *           The first tile of the next piece is loaded before this piece is combined (PREFETCH).
  * Shared    notes of 8 warps (static) | attention_shared.h: outputs and states of 8 warps | q
  *           (Q_IN_SHARED) | folded outputs, two folded states.
- * Results   the warps of a head are combined once per piece, in warp order. A piece is a whole
+ * Results   the warps of a head are combined once per piece, in warp order; those of other heads go
+ *           on by themselves, so that eight heads, a warp each, never wait. A piece is a whole
  *           segment, or in fixed-chunk mode one chunk of an uncut item; chunks are folded as
  *           merge_partials folds partials, to the same bits.
  * Bound     bytes. 64 requests x 4096 tokens, 32/8 heads, head_dim 128, bf16, H100: 1.07 GB, 341 us
@@ -33,27 +35,30 @@ constexpr bool PREFETCH =
     !Q_IN_SHARED && !PAIRS; /* the next piece's first tile: where registers are left for it */
 constexpr bool V_LATE =
     STAGES == 1 && (PAIRS || EACH_LOGIT); /* V is loaded when K is used up: hooks need registers */
+/* Pairs of tiles that are followed by another are computed without asking: 64 x 4096 takes 242 us on
+ * an H200, 245 without. */
+constexpr bool WHOLE_PAIRS = RADDLE_CTAS_PER_SM == 1 && ROW_TILES == 1 && HEAD_DIM_QK >= 128;
 constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 
 /* Notes down the piece that starts at token begin of a segment, and what this lane needs to read
- * it. The segment's record and the first pages have been requested. */
-__device__ __forceinline__ void open_piece(const raddle_attention_params &p, int32_t index,
-                                           int32_t begin, int head_of_item, int tile_of_warp,
-                                           int lane, warp_notes &notes, piece &at, lookup &look) {
+ * it. Its first pages have been requested. */
+__device__ __forceinline__ void open_piece(const raddle_attention_params &p,
+                                           const raddle_attention_segment &segment, int32_t index,
+                                           int32_t begin, int lane, warp_notes &notes, piece &at,
+                                           lookup &look) {
     constexpr int WORDS_OF_SEGMENT = sizeof(raddle_attention_segment) / 4;
     wait_for_requests();
     if (lane < WORDS_OF_SEGMENT) {
-        ((int32_t *)&at.segment)[lane] = ((const int32_t *)&notes.next)[lane];
+        ((int32_t *)&at.segment)[lane] = ((const int32_t *)&segment)[lane];
     }
-    const raddle_attention_segment &segment = notes.next;
-    const int32_t head = segment.head + head_of_item;
+    const team &mine = notes.mine;
+    const int32_t head = segment.head + mine.head;
     int32_t end = segment.kv_end;
     if (p.fixed_chunk > 0 && segment.slot < 0) {
         const unsigned chunk = (unsigned)p.fixed_chunk;
         end = (int32_t)min((unsigned)end, ((unsigned)begin / chunk + 1) * chunk);
     }
     const bool has_head = head < p.num_kv_heads;
-    const unsigned group = (unsigned)p.group_size;
     if (lane < RADDLE_DECODE_ROWS * ROW_TILES) {
         /* Rows past the tile see what its last row sees; nobody reads what they get. */
         const bool has_row = segment.row_begin + lane < segment.row_end;
@@ -70,15 +75,18 @@ __device__ __forceinline__ void open_piece(const raddle_attention_params &p, int
         at.index = index;
         at.begin = begin;
         at.end = end;
-        at.full_begin =
-            keys_of_token(p, segment.qo_len, segment.kv_len, (int32_t)(last / group)).begin;
-        at.full_end =
-            keys_of_token(p, segment.qo_len, segment.kv_len, (int32_t)(first / group)).end;
+        at.full_begin = keys_of_token(p, segment.qo_len, segment.kv_len,
+                                      (int32_t)raddle_divide(last, p.group_divisor))
+                            .begin;
+        at.full_end = keys_of_token(p, segment.qo_len, segment.kv_len,
+                                    (int32_t)raddle_divide(first, p.group_divisor))
+                          .end;
         at.head = head;
+        at.has_head = has_head;
         at.num_tiles = has_head ? (int32_t)(((unsigned)(end - begin) + TILE - 1) / TILE) : 0;
     }
-    start_lookup(p, segment, head, begin + TILE * tile_of_warp, has_head ? end : begin, lane, notes,
-                 look);
+    start_lookup(p, segment, head, begin + TILE * mine.position, has_head ? end : begin, lane,
+                 notes, look);
     __syncwarp(); /* the piece and its rows are written -> every lane reads them; what was requested
                      has been read -> it may be overwritten */
 }
@@ -91,26 +99,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     extern __shared__ __align__(16) char shared[];
     __shared__ int32_t is_last;
     __shared__ warp_notes all_notes[WARPS];
-    const shared_map map = map_shared(shared, p.tile_rows);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int g = lane / 4, j = lane % 4;
-    const int head_of_item = warp / WARPS_PER_HEAD, tile_of_warp = warp % WARPS_PER_HEAD;
     warp_notes &notes = all_notes[warp];
-    uint4 *shared_q = map.q + warp * ROW_TILES * Q_QUADS * 32 + lane;
 
     launch_dependents();
+    /* What a CTA begins with is read at once. */
+    const team &mine = notes.mine;
+    const int32_t heads = p.header->heads_per_item, planned = p.header->num_qo_tokens;
+    const int32_t first_segment = p.worker_indptr[blockIdx.x];
+    const int32_t last_of_worker = p.worker_indptr[blockIdx.x + 1];
+    request_record(&p.first_segments[blockIdx.x], lane, notes.records[0]);
+    const int32_t end_segment = planned <= p.num_qo_tokens ? last_of_worker : 0;
+    if (lane == 0) {
+        notes.mine = team_of(heads, warp);
+    }
+    wait_for_requests(); /* the warp's place is noted, too -> every lane reads it */
+    uint4 *shared_q = map_shared(shared, p.tile_rows).q + warp * ROW_TILES * Q_QUADS * 32 + lane;
     lookup look;
     int which = 0; /* of the two pieces */
-    const int32_t first_segment = p.worker_indptr[blockIdx.x];
-    const int32_t end_segment =
-        p.header->num_qo_tokens <= p.num_qo_tokens ? p.worker_indptr[blockIdx.x + 1] : 0;
+    const auto record = [&](int32_t index) -> raddle_attention_segment & {
+        return notes.records[(index - first_segment) & 1];
+    };
     if (first_segment < end_segment) {
-        request_segment(p, first_segment, lane, notes);
-        wait_for_requests();
-        const int32_t begin = notes.next.kv_begin;
-        request_pages(p, begin + TILE * tile_of_warp, lane, notes);
-        open_piece(p, first_segment, begin, head_of_item, tile_of_warp, lane, notes,
-                   notes.pieces[which], look);
+        const raddle_attention_segment &segment = record(first_segment);
+        const int32_t begin = segment.kv_begin;
+        request_pages(p, segment, begin + TILE * mine.position, lane, notes);
+        if (first_segment + 1 < end_segment) {
+            request_record(&p.segments[first_segment + 1], lane, record(first_segment + 1));
+        }
+        open_piece(p, segment, first_segment, begin, lane, notes, notes.pieces[which], look);
     }
     wait_for_predecessors(); /* the schedule is older than they are; q, K and V may be theirs */
     if (first_segment >= end_segment) {
@@ -127,24 +145,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     };
     uint4 q[ROW_TILES][Q_QUADS];
     /* q first: it would wait behind the tiles. Then what comes after this piece is sent for. */
-    bool same_segment, more, sent_for_pages;
+    bool same_segment, more;
     const auto begin_piece = [&]() {
         piece &at = notes.pieces[which];
+        if (lane == 0) { /* here, since a predecessor may have written the scales; before the tile,
+                            whose loads it would wait for */
+            at.scale = scale_of_head(p, min(at.head, p.num_kv_heads - 1));
+        }
         fetch_q(notes, g, j, q);
-        if (tile_of_warp < at.num_tiles) {
+        if (mine.position < at.num_tiles) {
             load(a);
         } else {
             clear(a);
         }
-        if (lane == 0) { /* here, since a predecessor may have written the scales */
-            at.scale = scale_of_head(p, min(at.head, p.num_kv_heads - 1));
-        }
         __syncwarp(); /* the scale is written -> every lane reads it */
         same_segment = at.end < at.segment.kv_end;
         more = same_segment || at.index + 1 < end_segment;
-        sent_for_pages = !more;
-        if (more && !same_segment) {
-            request_segment(p, at.index + 1, lane, notes);
+        if (more) {
+            const raddle_attention_segment &next = same_segment ? at.segment : record(at.index + 1);
+            const int32_t begin = same_segment ? at.end : next.kv_begin;
+            request_pages(p, next, begin + TILE * mine.position, lane, notes);
+        }
+        if (at.begin == at.segment.kv_begin && at.index + 2 < end_segment) {
+            request_record(&p.segments[at.index + 2], lane, record(at.index + 2));
         }
         if constexpr (QUERY_PAIRS || SCALED_ROWS) {
             finish_q(p, at, g, j, notes, q);
@@ -157,22 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             }
         }
     };
-    /* Once per piece, after its first tile: the pages of the next one's. Returns where that begins. */
-    const auto send_for_pages = [&]() {
-        wait_for_requests();
-        const int32_t begin = same_segment ? notes.pieces[which].end : notes.next.kv_begin;
-        if (!sent_for_pages) {
-            request_pages(p, begin + TILE * tile_of_warp, lane, notes);
-            sent_for_pages = true;
-        }
-        return begin;
-    };
     /* Weights of a tile's tokens from their scores. */
     const auto weigh = [&](scores &s, unsigned valid, int32_t base, accumulator &acc) {
         const piece &at = notes.pieces[which];
-        if constexpr (SCALED_ROWS) {
-            scale_rows(notes, j, s);
-        }
+        scale_scores(notes, at.scale, j, s);
         if constexpr (EACH_LOGIT) {
             finish_scores(p, notes, at, base, valid, g, j, s);
         } else if (valid != ALL_TOKENS || base < at.full_begin || base > at.full_end - TILE) {
@@ -181,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         if constexpr (NO_SOFTMAX) {
             count_weights(s, acc);
         } else {
-            update_softmax(EACH_LOGIT ? 1.0f : at.scale, s, acc);
+            update_softmax(s, acc);
         }
     };
     const auto compute = [&](const tile &t, int32_t number, accumulator &acc) {
@@ -206,10 +217,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         accumulator acc;
         clear(acc);
         if constexpr (STAGES == 2) {
+            int32_t t = mine.position;
+            if constexpr (WHOLE_PAIRS) {
 #pragma unroll 1
-            for (int32_t t = tile_of_warp; t < at.num_tiles; t += 2 * WARPS_PER_HEAD) {
+                for (; t + 2 * mine.warps < at.num_tiles; t += 2 * mine.warps) {
+                    tile b;
+                    load(b);
+                    compute(a, t, acc);
+                    load(a);
+                    compute(b, t + mine.warps, acc);
+                }
+            }
+#pragma unroll 1
+            for (; t < at.num_tiles; t += 2 * mine.warps) {
                 tile b;
-                const bool has_b = t + WARPS_PER_HEAD < at.num_tiles;
+                const bool has_b = t + mine.warps < at.num_tiles;
                 if (has_b) {
                     load(b);
                 } else {
@@ -217,19 +239,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 }
                 compute(a, t, acc);
                 if (has_b) {
-                    if (t + 2 * WARPS_PER_HEAD < at.num_tiles) {
+                    if (t + 2 * mine.warps < at.num_tiles) {
                         load(a);
                     }
-                    compute(b, t + WARPS_PER_HEAD, acc);
-                }
-                if (!sent_for_pages) {
-                    send_for_pages();
+                    compute(b, t + mine.warps, acc);
                 }
             }
         } else {
 #pragma unroll 1
-            for (int32_t t = tile_of_warp; t < at.num_tiles; t += WARPS_PER_HEAD) {
-                const bool has_next = t + WARPS_PER_HEAD < at.num_tiles;
+            for (int32_t t = mine.position; t < at.num_tiles; t += mine.warps) {
+                const bool has_next = t + mine.warps < at.num_tiles;
                 const unsigned valid = a.valid;
                 scores s;
                 compute_scores(p, at, a, at.begin + TILE * t, g, j, q, shared_q, s);
@@ -246,17 +265,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 } else if (has_next) {
                     load_v(a, notes, g, j);
                 }
-                if (!sent_for_pages) {
-                    send_for_pages();
-                }
             }
         }
 
+        const shared_map map = map_shared(shared, p.tile_rows);
         const raddle_attention_segment &segment = at.segment;
         const bool is_cut = segment.slot >= 0, has_more = more;
         if (more) { /* the next chunk of the segment, or the next segment */
-            const int32_t begin = send_for_pages();
-            open_piece(p, at.index + !same_segment, begin, head_of_item, tile_of_warp, lane, notes,
+            const int32_t index = at.index + !same_segment;
+            const raddle_attention_segment &next = same_segment ? at.segment : record(index);
+            open_piece(p, next, index, same_segment ? at.end : next.kv_begin, lane, notes,
                        notes.pieces[which ^ 1], look);
         }
         const piece &done = at;
@@ -264,15 +282,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         if (PREFETCH && has_more && !is_cut) {
             begin_piece();
         }
-        __syncthreads(); /* every thread has read the warps' states of the piece before -> they may
-                            be overwritten */
+        sync_team(mine); /* the team has read its states of the piece before -> they may be
+                            overwritten */
         write_warp(map, p.tile_rows, segment.row_end - segment.row_begin, warp, g, j, acc);
-        __syncthreads(); /* the warps' states are written -> every thread combines them */
+        sync_team(mine); /* the team's states are written -> it combines them */
         if (is_cut) {
             const raddle_attention_merge merge = p.merges[segment.merge]; /* before it is needed */
-            finish_cut(p, map, segment);
+            finish_cut(p, map, mine, done);
             if (arrive_at_merge(p, segment.merge, merge.num_arrivals, &is_last)) {
-                merge_partials<out_type, HEADS, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, merge);
+                merge_partials<out_type, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, merge,
+                                                                                mine.heads);
             }
             if (!has_more) {
                 break;
@@ -281,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 begin_piece(); /* not before: a merge needs the registers */
             }
         } else {
-            finish_uncut(p, map, done, side);
+            finish_uncut(p, map, mine, done, side);
             if (!has_more) {
                 break;
             }

@@ -36,12 +36,18 @@ __device__ __forceinline__ void clear(accumulator &acc) {
     }
 }
 
-/* Back from the range of f16 that q was brought into. */
-__device__ __forceinline__ void scale_rows(const warp_notes &notes, int j, scores &s) {
+/* From products of operands to logits in base 2: the scale, and back from the range of f16 that q was
+ * brought into. Before anything is masked: a scale may be negative, or 0. */
+__device__ __forceinline__ void scale_scores(const warp_notes &notes, float scale, int j,
+                                             scores &s) {
 #pragma unroll
     for (int x = 0; x < ROW_TILES * HALVES * 4; x++) {
         const int n = x / (HALVES * 4);
-        s[n][x / 4 % HALVES][x % 4] *= notes.row_scale[RADDLE_DECODE_ROWS * n + 2 * j + x % 2];
+        float factor = scale;
+        if constexpr (SCALED_ROWS) {
+            factor *= notes.row_scale[RADDLE_DECODE_ROWS * n + 2 * j + x % 2];
+        }
+        s[n][x / 4 % HALVES][x % 4] *= factor;
     }
 }
 
@@ -65,8 +71,8 @@ __device__ __forceinline__ void mask_scores(const warp_notes &notes, int32_t bas
     }
 }
 
-/* The same where every logit is looked at: scores become logits in base 2, or weights. What a row
- * does not see is -inf, and no hook hears of it. */
+/* The same where every logit is looked at, and may become a weight. What a row does not see is -inf,
+ * and no hook hears of it. */
 __device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
                                               const warp_notes &notes, const piece &at,
                                               int32_t base, unsigned valid, int g, int j,
@@ -82,7 +88,7 @@ __device__ __forceinline__ void finish_scores(const raddle_attention_params &p,
 #pragma unroll
             for (int r = 0; r < 2 * HALVES; r++) {
                 const int32_t token = base + g + 8 * r;
-                float x = s[n][r / 2][2 * (r % 2) + c] * at.scale;
+                float x = s[n][r / 2][2 * (r % 2) + c];
                 const bool seen = (valid >> (g + 8 * r) & 1u) && number < rows &&
                                   token >= keys.begin && token < keys.end &&
                                   finish_logit(p, row, token, x);
@@ -103,9 +109,9 @@ __device__ __forceinline__ void count_weights(scores &s, accumulator &acc) {
     }
 }
 
-/* Turns scores into weights relative to the running maximum, which moves (and everything summed so
+/* Turns logits into weights relative to the running maximum, which moves (and everything summed so
  * far with it) only when some row of the tile has a larger one. */
-__device__ __forceinline__ void update_softmax(float scale, scores &s, accumulator &acc) {
+__device__ __forceinline__ void update_softmax(scores &s, accumulator &acc) {
     float top[ROW_TILES][2];
     bool larger = false;
 #pragma unroll
@@ -114,9 +120,8 @@ __device__ __forceinline__ void update_softmax(float scale, scores &s, accumulat
         for (int c = 0; c < 2; c++) {
             top[n][c] = negative_infinity();
 #pragma unroll
-            for (int h = 0; h < HALVES; h++) { /* a scale may be negative */
-                const float most = fmaxf(s[n][h][c] * scale, s[n][h][2 + c] * scale);
-                top[n][c] = h == 0 ? most : fmaxf(top[n][c], most);
+            for (int h = 0; h < HALVES; h++) {
+                top[n][c] = fmaxf(top[n][c], fmaxf(s[n][h][c], s[n][h][2 + c]));
             }
             larger = larger || top[n][c] > acc.max[n][c];
         }
@@ -144,8 +149,8 @@ __device__ __forceinline__ void update_softmax(float scale, scores &s, accumulat
         for (int c = 0; c < 2; c++) {
 #pragma unroll
             for (int h = 0; h < HALVES; h++) {
-                s[n][h][c] = exp2_fast(fmaf(s[n][h][c], scale, -acc.max[n][c]));
-                s[n][h][2 + c] = exp2_fast(fmaf(s[n][h][2 + c], scale, -acc.max[n][c]));
+                s[n][h][c] = exp2_fast(s[n][h][c] - acc.max[n][c]);
+                s[n][h][2 + c] = exp2_fast(s[n][h][2 + c] - acc.max[n][c]);
                 acc.sum[n][c] += s[n][h][c] + s[n][h][2 + c];
             }
         }
@@ -155,13 +160,13 @@ __device__ __forceinline__ void update_softmax(float scale, scores &s, accumulat
 /* ------------------------------------------------------------------ combine, fold, write */
 
 constexpr int OUT_ROW = raddle_decode_out_row(HEAD_DIM_VO);
+constexpr int FOLD_ROW = HEAD_DIM_VO + 2 * 2;
 
 struct shared_map {
-    float *out;         /* [WARPS, tile_rows, OUT_ROW] */
-    float2 *state;      /* [WARPS, tile_rows] */
-    uint4 *q;           /* [WARPS, ROW_TILES * Q_QUADS, 32] */
-    float *fold_out;    /* [HEADS, tile_rows, HEAD_DIM_VO] */
-    float2 *fold_state; /* [2, HEADS, tile_rows] */
+    float *out;    /* [WARPS, tile_rows, OUT_ROW] */
+    float2 *state; /* [WARPS, tile_rows] */
+    uint4 *q;      /* [WARPS, ROW_TILES * Q_QUADS, 32] */
+    float *fold;   /* [heads, tile_rows, FOLD_ROW]: outputs, then states of two sides */
 };
 
 __device__ __forceinline__ shared_map map_shared(char *base, int32_t tile_rows) {
@@ -172,9 +177,7 @@ __device__ __forceinline__ shared_map map_shared(char *base, int32_t tile_rows) 
     base += raddle_decode_state_bytes(tile_rows);
     m.q = (uint4 *)base;
     base += Q_IN_SHARED ? raddle_decode_q_bytes(Q_QUADS, ROW_TILES) : 0;
-    m.fold_out = (float *)base;
-    base += HEADS * tile_rows * HEAD_DIM_VO * 4;
-    m.fold_state = (float2 *)base;
+    m.fold = (float *)base;
     return m;
 }
 
@@ -210,24 +213,33 @@ __device__ __forceinline__ void write_warp(const shared_map &m, int32_t tile_row
     }
 }
 
-/* Four neighbouring outputs of a row, added up over the warps of its head. */
+/* Four neighbouring outputs of a row, added up over the warps of the head. */
 __device__ __forceinline__ softmax_state combine_warps(const shared_map &m, int32_t tile_rows,
-                                                       int32_t head, int32_t row, int32_t dim,
+                                                       const team &mine, int32_t row, int32_t dim,
                                                        float (&acc)[4]) {
+    const int32_t first = mine.head * mine.warps * tile_rows + row;
+    if (mine.warps == 1) {
+        const float2 only = m.state[first];
+        const float4 out = *(const float4 *)(m.out + first * OUT_ROW + dim);
+        acc[0] = out.x, acc[1] = out.y, acc[2] = out.z, acc[3] = out.w;
+        return softmax_state{only.x, only.y};
+    }
+    /* Of fewer warps the last is read again, with no weight: loads without branches overlap. */
     softmax_state state = empty_state();
+    float2 parts[WARPS];
 #pragma unroll
-    for (int k = 0; k < WARPS_PER_HEAD; k++) {
-        state.max = fmaxf(state.max, m.state[(head * WARPS_PER_HEAD + k) * tile_rows + row].x);
+    for (int k = 0; k < WARPS; k++) {
+        parts[k] = m.state[first + min(k, mine.warps - 1) * tile_rows];
+        state.max = fmaxf(state.max, parts[k].x);
     }
     const float base = state.max == negative_infinity() ? 0.0f : state.max;
     acc[0] = acc[1] = acc[2] = acc[3] = 0.0f;
 #pragma unroll
-    for (int k = 0; k < WARPS_PER_HEAD; k++) {
-        const int32_t at = (head * WARPS_PER_HEAD + k) * tile_rows + row;
-        const float2 part = m.state[at];
+    for (int k = 0; k < WARPS; k++) {
+        const int32_t at = first + min(k, mine.warps - 1) * tile_rows;
         const float4 out = *(const float4 *)(m.out + at * OUT_ROW + dim);
-        const float factor = exp2_fast(part.x - base);
-        state.sum = fmaf(part.y, factor, state.sum);
+        const float factor = k < mine.warps ? exp2_fast(parts[k].x - base) : 0.0f;
+        state.sum = fmaf(parts[k].y, factor, state.sum);
         acc[0] = fmaf(out.x, factor, acc[0]);
         acc[1] = fmaf(out.y, factor, acc[1]);
         acc[2] = fmaf(out.z, factor, acc[2]);
@@ -239,15 +251,16 @@ __device__ __forceinline__ softmax_state combine_warps(const shared_map &m, int3
 /* Folds a chunk into what the chunks before it left in shared memory, and leaves the sum there. A
  * thread meets the same outputs in every chunk; the states are read by several threads, so they
  * change sides. */
-__device__ __forceinline__ void fold_chunk(const shared_map &m, int32_t tile_rows, int32_t head,
+__device__ __forceinline__ void fold_chunk(const shared_map &m, int32_t tile_rows, const team &mine,
                                            int32_t row, int32_t dim, bool first, int side,
                                            softmax_state &state, float (&acc)[4]) {
-    const int32_t at = head * tile_rows + row;
-    float4 *kept = (float4 *)(m.fold_out + at * HEAD_DIM_VO + dim);
+    float *fold_row = m.fold + (mine.head * tile_rows + row) * FOLD_ROW;
+    float4 *kept = (float4 *)(fold_row + dim);
+    float2 *states = (float2 *)(fold_row + HEAD_DIM_VO);
     softmax_state into = empty_state();
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (!first) {
-        const float2 before = m.fold_state[side * HEADS * tile_rows + at];
+        const float2 before = states[side];
         const float4 out = *kept;
         into = softmax_state{before.x, before.y};
         sum[0] = out.x, sum[1] = out.y, sum[2] = out.z, sum[3] = out.w;
@@ -255,43 +268,37 @@ __device__ __forceinline__ void fold_chunk(const shared_map &m, int32_t tile_row
     fold(into, sum, state, acc);
     *kept = make_float4(sum[0], sum[1], sum[2], sum[3]);
     if (dim == 0) {
-        m.fold_state[(side ^ 1) * HEADS * tile_rows + at] = make_float2(into.max, into.sum);
+        states[side ^ 1] = make_float2(into.max, into.sum);
     }
     state = into;
     acc[0] = sum[0], acc[1] = sum[1], acc[2] = sum[2], acc[3] = sum[3];
 }
 
-/* Four neighbouring outputs of the item, by their number. */
-struct quad {
-    int32_t head, row, dim;
-};
+/* Quads of neighbouring outputs of a head that a team finishes: thread t those from t on. */
+constexpr int QUADS_OF_ROW = HEAD_DIM_VO / 4;
 
-__device__ __forceinline__ quad quad_at(int32_t i, int32_t rows) {
-    constexpr int QUADS = HEAD_DIM_VO / 4;
-    const unsigned row_of_item = (unsigned)i / QUADS;
-    return quad{(int32_t)(row_of_item / (unsigned)rows), (int32_t)(row_of_item % (unsigned)rows),
-                4 * (i % QUADS)};
+__device__ __forceinline__ int32_t count_quads(const piece &done) {
+    const int32_t rows = done.segment.row_end - done.segment.row_begin;
+    return done.has_head ? rows * QUADS_OF_ROW : 0;
 }
 
-__device__ __forceinline__ int32_t count_quads(const raddle_attention_params &p,
-                                               const raddle_attention_segment &segment) {
-    const int32_t heads = min(HEADS, p.num_kv_heads - segment.head);
-    return heads * (segment.row_end - segment.row_begin) * (HEAD_DIM_VO / 4);
+__device__ __forceinline__ int thread_of_team(const team &mine) {
+    return 32 * mine.position + (int)(threadIdx.x % 32);
 }
 
 /* The warps' states are in shared memory: adds them up to a partial. */
 __device__ __forceinline__ void finish_cut(const raddle_attention_params &p, const shared_map &m,
-                                           const raddle_attention_segment &segment) {
-    const int32_t count = count_quads(p, segment);
+                                           const team &mine, const piece &done) {
+    const int32_t count = count_quads(done);
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < count; i += THREADS) {
-        const quad at = quad_at(i, segment.row_end - segment.row_begin);
+    for (int32_t i = thread_of_team(mine); i < count; i += 32 * mine.warps) {
+        const int32_t row = i / QUADS_OF_ROW, dim = 4 * (i % QUADS_OF_ROW);
         float acc[4];
-        const softmax_state state = combine_warps(m, p.tile_rows, at.head, at.row, at.dim, acc);
-        const int64_t to = partial_row(p, segment.slot, HEADS, at.head, at.row);
-        *(float4 *)(p.partial_out + to * HEAD_DIM_VO + at.dim) =
+        const softmax_state state = combine_warps(m, p.tile_rows, mine, row, dim, acc);
+        const int64_t to = partial_row(p, done.segment.slot, mine.heads, mine.head, row);
+        *(float4 *)(p.partial_out + to * HEAD_DIM_VO + dim) =
             make_float4(acc[0], acc[1], acc[2], acc[3]);
-        if (at.dim == 0) {
+        if (dim == 0) {
             ((float2 *)p.partial_state)[to] = make_float2(state.max, state.sum);
         }
     }
@@ -299,23 +306,22 @@ __device__ __forceinline__ void finish_cut(const raddle_attention_params &p, con
 
 /* The same: to results, or to one more chunk folded. */
 __device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, const shared_map &m,
-                                             const piece &done, int &side) {
+                                             const team &mine, const piece &done, int &side) {
     const raddle_attention_segment &segment = done.segment;
-    const int32_t count = count_quads(p, segment);
+    const int32_t count = count_quads(done);
     const bool first = done.begin == segment.kv_begin;
     const bool last = done.end == segment.kv_end;
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < count; i += THREADS) {
-        const quad at = quad_at(i, segment.row_end - segment.row_begin);
+    for (int32_t i = thread_of_team(mine); i < count; i += 32 * mine.warps) {
+        const int32_t row = i / QUADS_OF_ROW, dim = 4 * (i % QUADS_OF_ROW);
         float acc[4];
-        softmax_state state = combine_warps(m, p.tile_rows, at.head, at.row, at.dim, acc);
+        softmax_state state = combine_warps(m, p.tile_rows, mine, row, dim, acc);
         if (!(first && last)) {
-            fold_chunk(m, p.tile_rows, at.head, at.row, at.dim, first, side, state, acc);
+            fold_chunk(m, p.tile_rows, mine, row, dim, first, side, state, acc);
         }
         if (last) {
-            const raddle_row row =
-                row_of(p, segment, segment.head + at.head, segment.row_begin + at.row);
-            write_result<out_type>(p, row, at.dim, acc, state);
+            const raddle_row place = row_of(p, segment, done.head, segment.row_begin + row);
+            write_result<out_type>(p, place, dim, acc, state);
         }
     }
     side ^= 1;

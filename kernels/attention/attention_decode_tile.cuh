@@ -36,17 +36,14 @@ constexpr bool SCALED_ROWS = IS_FP8 && !is_same<q_type, f16>::value;
 
 constexpr int HEAD_DIM_QK = RADDLE_HEAD_DIM_QK;
 constexpr int HEAD_DIM_VO = RADDLE_HEAD_DIM_VO;
-constexpr int HEADS = RADDLE_HEADS_PER_ITEM;
 constexpr int ROW_TILES = RADDLE_ROW_TILES; /* of 8 rows */
 constexpr int STAGES = RADDLE_STAGES;
 constexpr bool Q_IN_SHARED = RADDLE_Q_IN_SHARED;
 
 constexpr int WARPS = RADDLE_DECODE_WARPS;
 constexpr int THREADS = 32 * WARPS;
-constexpr int WARPS_PER_HEAD = WARPS / HEADS;
 constexpr int HALVES = RADDLE_HALVES; /* of a tile, 16 tokens each */
 constexpr int TILE = 16 * HALVES;
-constexpr int STEP = TILE * WARPS_PER_HEAD; /* tokens between two tiles of a warp */
 constexpr unsigned ALL_TOKENS = HALVES == 1 ? 0xffffu : 0xffffffffu;
 constexpr int32_t RAGGED_PAGE = 0x7fffffff; /* ragged K/V: one page without an end */
 
@@ -61,7 +58,6 @@ constexpr bool V_WHOLE = HEAD_DIM_VO % (8 * ELEMENTS) == 0;
 constexpr int DIM_TILES = V_CHUNKS * ELEMENTS / 2; /* mma tiles of 2 dims per lane */
 constexpr int Q_QUADS = K_CHUNKS * WORDS / 4;
 
-static_assert(WARPS % HEADS == 0, "heads_per_item must divide the warps");
 static_assert(HEAD_DIM_QK % (ELEMENTS * TOGETHER) == 0 && HEAD_DIM_VO % ELEMENTS == 0,
               "rows are read in whole chunks");
 static_assert(HEAD_DIM_QK <= 256 && HEAD_DIM_VO <= 256, "zeros below holds one row");
@@ -92,6 +88,28 @@ __device__ __forceinline__ bool has_k_chunk(int i, int j) {
     return K_WHOLE || 4 * (i / TOGETHER) + j < CHUNKS_QK;
 }
 
+/* ------------------------------------------------------------------ who does what */
+
+/* How the warps share an item, the same in a whole launch: heads_per_item, a power of two, is the
+ * schedule's. The warps of a head take its tiles in turn and wait for nobody else. */
+struct team {
+    int heads;    /* of an item */
+    int warps;    /* of this warp's head */
+    int head;     /* of this warp, in the item */
+    int position; /* of this warp among those of its head */
+};
+
+__device__ __forceinline__ team team_of(int32_t heads_per_item, int warp) {
+    const int log_heads = 31 - __clz(heads_per_item);
+    const int warps = WARPS >> log_heads;
+    return team{heads_per_item, warps, warp * heads_per_item / WARPS, warp & (warps - 1)};
+}
+
+/* A barrier of the warps of a head. */
+__device__ __forceinline__ void sync_team(const team &mine) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + mine.head), "r"(32 * mine.warps) : "memory");
+}
+
 /* ------------------------------------------------------------------ addresses */
 
 /* A run of tokens of one segment that is combined at once. */
@@ -100,15 +118,19 @@ struct piece {
     int32_t index; /* of the segment */
     int32_t begin, end;
     int32_t full_begin, full_end; /* tiles inside see no mask */
-    int32_t num_tiles;            /* of this warp's head; 0 when there is no such head */
+    int32_t num_tiles;            /* 0 without a head */
     int32_t head;                 /* of this warp */
+    bool has_head;                /* else there is no such head */
     float scale;                  /* of scores */
 };
 
 /* What a warp notes down per piece and reads again per tile: registers are needed for tiles. */
 struct warp_notes {
-    alignas(16) raddle_attention_segment next; /* on its way: what this warp works on next */
-    int32_t next_page[32];                     /* the same: pages of its first tile, per lane */
+    team mine;
+    /* On their way: the records of the segments after this one, in turn, and the pages of the next
+     * piece's first tile, per lane. */
+    alignas(16) raddle_attention_segment records[2];
+    int32_t next_page[32];
     /* Per lane. One half: lanes 0..15 look up K of a token each, lanes 16..31 its V. Two: every lane
      * K and V of its token. */
     const char *base[HALVES][32];
@@ -145,29 +167,29 @@ __device__ __forceinline__ void find_entry(const raddle_attention_params &p,
     at.entry = segment.kv_origin;
     at.offset = at.token;
     if (p.page_size > 0) {
-        const int32_t number = (int32_t)((unsigned)at.token / (unsigned)p.page_size);
+        const int32_t number = (int32_t)raddle_divide((uint32_t)at.token, p.page_divisor);
         at.entry += number;
         at.offset -= number * p.page_size;
     }
 }
 
-/* What comes next starts on its way to the notes while something else is computed: first the
- * segment's record, then, when that is here, the pages of its first tile. */
-__device__ __forceinline__ void request_segment(const raddle_attention_params &p, int32_t index,
-                                                int lane, warp_notes &notes) {
+/* What comes next starts on its way to the notes while something else is computed: a segment's
+ * record two pieces ahead, and with it, one piece ahead, the pages of its first tile. */
+__device__ __forceinline__ void request_record(const raddle_attention_segment *from, int lane,
+                                               raddle_attention_segment &to) {
     constexpr int PARTS = sizeof(raddle_attention_segment) / 16;
     if (lane < PARTS) {
-        cp_async_16(shared_address(&notes.next) + 16 * lane,
-                    (const char *)&p.segments[index] + 16 * lane);
+        cp_async_16(shared_address(&to) + 16 * lane, (const char *)from + 16 * lane);
     }
 }
 
-__device__ __forceinline__ void request_pages(const raddle_attention_params &p, int32_t first,
-                                              int lane, warp_notes &notes) {
+__device__ __forceinline__ void request_pages(const raddle_attention_params &p,
+                                              const raddle_attention_segment &segment,
+                                              int32_t first, int lane, warp_notes &notes) {
     if (p.page_size > 0) {
         lookup at;
-        find_entry(p, notes.next, first, lane, at);
-        if ((unsigned)at.token < (unsigned)notes.next.kv_end) {
+        find_entry(p, segment, first, lane, at);
+        if ((unsigned)at.token < (unsigned)segment.kv_end) {
             cp_async_4(shared_address(&notes.next_page[lane]), &p.page_indices[at.entry]);
         }
     }
@@ -229,11 +251,12 @@ __device__ __forceinline__ unsigned next_tile(const raddle_attention_params &p, 
     __syncwarp(); /* all lanes' addresses are written -> every lane reads those of its rows */
 
     const int32_t page_size = p.page_size > 0 ? p.page_size : RAGGED_PAGE;
-    at.token += STEP;
-    at.offset += STEP;
+    const int32_t step = TILE * notes.mine.warps;
+    at.token += step;
+    at.offset += step;
     if (at.offset >= page_size) {
         const int32_t pages =
-            page_size >= STEP ? 1 : (int32_t)((unsigned)at.offset / (unsigned)page_size);
+            page_size >= step ? 1 : (int32_t)raddle_divide((uint32_t)at.offset, p.page_divisor);
         at.entry += pages;
         at.offset -= pages * page_size;
     }

@@ -78,15 +78,14 @@ __device__ __forceinline__ const raddle_variant *variant_of(const raddle_attenti
 template <typename work>
 __device__ __forceinline__ raddle_row row_of(const raddle_attention_params &p, const work &of,
                                              int32_t kv_head, int32_t row) {
-    const unsigned group = (unsigned)p.group_size;
-    const unsigned token = (unsigned)row / group;
+    const uint32_t token = raddle_divide((uint32_t)row, p.group_divisor);
     raddle_row r;
     r.token = of.qo_begin + (int64_t)token;
     r.request = of.request;
     r.qo_index = (int32_t)token;
     r.qo_len = of.qo_len;
     r.kv_len = of.kv_len;
-    r.qo_head = kv_head * p.group_size + (int32_t)((unsigned)row - token * group);
+    r.qo_head = kv_head * p.group_size + row - (int32_t)token * p.group_size;
     r.kv_head = kv_head;
     return r;
 }

@@ -7,6 +7,7 @@
 #define RADDLE_ATTENTION_PARAMS_H
 
 #include "attention/attention_schedule.h"
+#include "common/divide.h"
 
 typedef struct raddle_attention_params {
     const void *q; /* [qo tokens, num_qo_heads, head_dim_qk] */
@@ -20,7 +21,9 @@ typedef struct raddle_attention_params {
     const raddle_attention_header *header;
     const raddle_attention_request *requests; /* [batch] */
     const raddle_attention_segment *segments; /* [num_segments] */
-    const int32_t *worker_indptr;         /* [workers + 1], for all workers that may be launched */
+    const int32_t *worker_indptr; /* [workers + 1], for all workers that may be launched */
+    const raddle_attention_segment
+        *first_segments;                  /* [workers] of each, anything when it has none */
     const raddle_attention_merge *merges; /* [num_merges] */
     const int32_t *page_indices;          /* the page table; NULL when ragged */
     int32_t *arrivals;                    /* [merges], zero between launches */
@@ -62,8 +65,10 @@ typedef struct raddle_attention_params {
     int32_t num_qo_tokens; /* rows of q, out and lse: with a larger batch planned, a launch does
                               nothing */
     int32_t reserved;
-    int32_t *error; /* first offending page id and its place, when check is set */
+    raddle_divisor page_divisor;  /* of page_size, when there are pages */
+    raddle_divisor group_divisor; /* of group_size */
+    int32_t *error;               /* first offending page id and its place, when check is set */
 } raddle_attention_params;
-RADDLE_ASSERT_SIZE(raddle_attention_params, 20 * 8 + 13 * 8 + 16 * 4);
+RADDLE_ASSERT_SIZE(raddle_attention_params, 21 * 8 + 15 * 8 + 16 * 4);
 
 #endif

@@ -54,10 +54,10 @@ __device__ __forceinline__ bool arrive_at_merge(const raddle_attention_params &p
 
 /* merge_partials with OUTPUTS quads of outputs per thread at a time, SLOTS partials of each loaded
  * before the first is used. */
-template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, int OUTPUTS,
-          int SLOTS>
+template <typename out_type, int HEAD_DIM_VO, int THREADS, int OUTPUTS, int SLOTS>
 __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
-                                            const raddle_attention_merge &merge, int32_t total) {
+                                            const raddle_attention_merge &merge,
+                                            int32_t heads_per_item, int32_t total) {
     constexpr int QUADS = HEAD_DIM_VO / 4;
     const unsigned rows = (unsigned)(merge.row_end - merge.row_begin);
 #pragma unroll 1
@@ -82,7 +82,7 @@ __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
                 const int32_t slot = merge.slot_begin + min(first + k, merge.slot_count - 1);
 #pragma unroll
                 for (int o = 0; o < OUTPUTS; o++) {
-                    const int64_t at = partial_row(p, slot, HEADS_PER_ITEM, 0, row_of_slot[o]);
+                    const int64_t at = partial_row(p, slot, heads_per_item, 0, row_of_slot[o]);
                     const int32_t dim = 4 * (min(i + o * THREADS, total - 1) % QUADS);
                     states[k][o] = load_shared_by_ctas((const float2 *)p.partial_state + at);
                     parts[k][o] = load_shared_by_ctas(
@@ -117,16 +117,17 @@ __device__ __forceinline__ void merge_quads(const raddle_attention_params &p,
 /* Adds the partials of an item up in slot order, whoever arrives last, and writes the results. All
  * threads of the CTA take part. IN_FLIGHT: 16-byte loads that a thread has on their way at once:
  * of many partials of one output, or of few partials of several. */
-template <typename out_type, int HEADS_PER_ITEM, int HEAD_DIM_VO, int THREADS, int IN_FLIGHT>
+template <typename out_type, int HEAD_DIM_VO, int THREADS, int IN_FLIGHT>
 __device__ __forceinline__ void merge_partials(const raddle_attention_params &p,
-                                               const raddle_attention_merge &merge) {
-    const int32_t heads = min(HEADS_PER_ITEM, p.num_kv_heads - merge.head);
+                                               const raddle_attention_merge &merge,
+                                               int32_t heads_per_item) {
+    const int32_t heads = min(heads_per_item, p.num_kv_heads - merge.head);
     const int32_t total = heads * (merge.row_end - merge.row_begin) * (HEAD_DIM_VO / 4);
     if (total > THREADS && merge.slot_count <= IN_FLIGHT / 2) {
-        merge_quads<out_type, HEADS_PER_ITEM, HEAD_DIM_VO, THREADS, 4, IN_FLIGHT / 4>(p, merge,
-                                                                                      total);
+        merge_quads<out_type, HEAD_DIM_VO, THREADS, 4, IN_FLIGHT / 4>(p, merge, heads_per_item,
+                                                                      total);
     } else {
-        merge_quads<out_type, HEADS_PER_ITEM, HEAD_DIM_VO, THREADS, 1, IN_FLIGHT>(p, merge, total);
+        merge_quads<out_type, HEAD_DIM_VO, THREADS, 1, IN_FLIGHT>(p, merge, heads_per_item, total);
     }
 }
 

@@ -45,7 +45,8 @@ RADDLE_PLAN_FUNCTION void raddle_plan_fit_own(const raddle_attention_plan_params
         const int64_t tokens = least + (most - least) * i / RADDLE_PLAN_PROBES;
         int64_t workers = 0;
         for (int32_t kind = 0; kind < shape->kinds; kind++) {
-            const int64_t of_kind = space->prefix[kind + 1] - space->prefix[kind] - p->segment_cost;
+            const int64_t of_kind =
+                space->whole[kind + 1] - space->whole[kind] - shape->segment_cost;
             workers += of_kind > 0 && tokens > 0
                            ? ((uint32_t)of_kind + (uint32_t)tokens - 1) / (uint32_t)tokens
                            : 1;
@@ -60,7 +61,7 @@ RADDLE_PLAN_FUNCTION void raddle_plan_fit_own(const raddle_attention_plan_params
         return;
     }
     shape->own_tokens = (int32_t)tokens;
-    const int64_t workers = raddle_plan_sum_kinds(p, shape, shape->own_tokens, space->partial,
+    const int64_t workers = raddle_plan_sum_kinds(p, shape, RADDLE_PLAN_OWNERS, space->partial,
                                                   space->shares, thread, threads) *
                             shape->groups;
     shape->own_workers = workers <= shape->max_workers ? (int32_t)workers : 0;
@@ -83,24 +84,26 @@ RADDLE_PLAN_FUNCTION raddle_plan_boundary raddle_plan_cut(const raddle_attention
     return boundary;
 }
 
-/* x: cost before the boundary. Closer to an item's end than tolerance it moves there; a negative
- * tolerance moves all to the closer end. */
+/* x: spread cost before the boundary. Closer to an item's end than tolerance it moves there; a
+ * negative tolerance moves all to the closer end. */
 RADDLE_PLAN_FUNCTION raddle_plan_boundary
 raddle_plan_cut_cost(const raddle_attention_plan_params *p, const raddle_plan_shape *shape,
-                     const int64_t *prefix, int64_t x, int64_t tolerance) {
+                     const int64_t *spread, int64_t x, int64_t tolerance) {
     int64_t offset = 0;
     const raddle_plan_place at =
-        raddle_plan_find(shape, prefix, raddle_plan_clamp(x, 0, shape->cost - 1), &offset);
+        raddle_plan_find(shape, spread, raddle_plan_clamp(x, 0, shape->spread_cost - 1), &offset);
     const int32_t index = (at.request * shape->groups + at.group) * shape->tiles + at.tile;
-    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
-    const int64_t left = (int64_t)(item.kv_end - item.kv_begin) + p->segment_cost - offset;
-    if (tolerance < 0 || offset <= tolerance || left <= tolerance) {
+    const raddle_plan_item item = raddle_plan_item_of(p, shape, at.request, at.group, at.tile);
+    const int32_t kind = at.request * shape->tiles + at.tile;
+    const int64_t weight = spread[kind + 1] - spread[kind], left = weight - offset;
+    const int64_t price = shape->segment_cost, tokens = item.kv_end - item.kv_begin;
+    if (tolerance < 0 || offset <= tolerance || left <= tolerance || tokens == 0) {
         raddle_plan_boundary boundary;
         boundary.item = index + (left < offset);
         boundary.used = 0;
         return boundary;
     }
-    return raddle_plan_cut(p, index, &item, offset - p->segment_cost);
+    return raddle_plan_cut(p, index, &item, (offset - price) * tokens / (weight - price));
 }
 
 RADDLE_PLAN_FUNCTION raddle_plan_boundary raddle_plan_cut_own(const raddle_attention_plan_params *p,
@@ -109,7 +112,7 @@ RADDLE_PLAN_FUNCTION raddle_plan_boundary raddle_plan_cut_own(const raddle_atten
     int64_t piece = 0;
     const raddle_plan_place at = raddle_plan_find(shape, shares, k, &piece);
     const int32_t index = (at.request * shape->groups + at.group) * shape->tiles + at.tile;
-    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const raddle_plan_item item = raddle_plan_item_of(p, shape, at.request, at.group, at.tile);
     const int32_t kind = at.request * shape->tiles + at.tile;
     const int64_t pieces = shares[kind + 1] - shares[kind];
     if (piece == 0) {
@@ -153,18 +156,19 @@ raddle_plan_begin_of(const raddle_attention_plan_params *p, const raddle_plan_sh
     }
     /* Every worker but the first pays for the rest of an item that was cut. */
     const bool is_whole = candidate == RADDLE_PLAN_WHOLE;
-    const int64_t price = is_whole ? 0 : p->segment_cost, spread = shape->cost - price;
+    const int64_t price = is_whole ? 0 : shape->segment_cost, spread = shape->spread_cost - price;
     const int64_t x = price + spread / workers * k + spread % workers * k / workers;
+    const int64_t cut = price + shape->cut_cost;
     const int64_t tolerance = is_whole                             ? -1
-                              : candidate == RADDLE_PLAN_EVEN_FAR  ? price
-                              : candidate == RADDLE_PLAN_EVEN_NEAR ? price / 2
+                              : candidate == RADDLE_PLAN_EVEN_FAR  ? cut
+                              : candidate == RADDLE_PLAN_EVEN_NEAR ? cut / 2
                                                                    : 0;
-    return raddle_plan_cut_cost(p, shape, space->prefix, x, tolerance);
+    return raddle_plan_cut_cost(p, shape, space->spread, x, tolerance);
 }
 
-/* Cost of the share between two boundaries: a piece costs its tokens and a segment's price. */
-RADDLE_PLAN_FUNCTION int64_t raddle_plan_share(const raddle_attention_plan_params *p,
-                                               const raddle_plan_shape *shape,
+/* Cost of the share between two boundaries: a piece costs its tokens, a segment's price and a cut's.
+ */
+RADDLE_PLAN_FUNCTION int64_t raddle_plan_share(const raddle_plan_shape *shape,
                                                const int64_t *prefix, raddle_plan_boundary begin,
                                                raddle_plan_boundary end) {
     if (begin.item == end.item && begin.used == end.used) {
@@ -174,7 +178,11 @@ RADDLE_PLAN_FUNCTION int64_t raddle_plan_share(const raddle_attention_plan_param
                               ? 0
                               : raddle_plan_before(shape, prefix, end.item) -
                                     raddle_plan_before(shape, prefix, begin.item);
-    return items - begin.used + end.used + (end.used > 0 ? p->segment_cost : 0);
+    const int32_t cuts = begin.item == end.item && begin.used > 0 && end.used > 0
+                             ? 1
+                             : (begin.used > 0) + (end.used > 0);
+    return items - begin.used + end.used + (end.used > 0 ? shape->segment_cost : 0) +
+           cuts * shape->cut_cost;
 }
 
 /* Finds the boundaries of all candidates; returns those [num_workers + 1] of the best. */
@@ -192,7 +200,7 @@ raddle_plan_choose(const raddle_attention_plan_params *p, const raddle_plan_shap
     for (int32_t i = thread; i < RADDLE_PLAN_CANDIDATES * stride; i += threads) {
         if (i % stride < p->num_workers) {
             RADDLE_PLAN_MAX(&space->worst[i / stride],
-                            (long long)raddle_plan_share(p, shape, space->prefix, space->bounds[i],
+                            (long long)raddle_plan_share(shape, space->whole, space->bounds[i],
                                                          space->bounds[i + 1]));
         }
     }
@@ -240,7 +248,7 @@ RADDLE_PLAN_FUNCTION int64_t raddle_plan_cuts_at(const raddle_attention_plan_par
     int64_t cuts = 1;
     if (p->fixed_chunk > 0) {
         const raddle_plan_place at = raddle_plan_place_of(shape, bounds[k].item);
-        const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+        const raddle_plan_item item = raddle_plan_item_of(p, shape, at.request, at.group, at.tile);
         cuts = is_first ? raddle_plan_chunks(p, &item, item.kv_end - item.kv_begin) - 1 : 0;
     }
     return cuts + ((int64_t)is_first << RADDLE_PLAN_CUT_BITS);
@@ -337,7 +345,7 @@ RADDLE_PLAN_FUNCTION int32_t raddle_plan_segment_at(const raddle_attention_plan_
     int32_t index = bounds[k].item + (int32_t)raddle_plan_num_cuts(counts[k]);
     if (p->fixed_chunk > 0 && bounds[k].used > 0) { /* less the chunks behind the boundary */
         const raddle_plan_place at = raddle_plan_place_of(shape, bounds[k].item);
-        const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+        const raddle_plan_item item = raddle_plan_item_of(p, shape, at.request, at.group, at.tile);
         index -= raddle_plan_chunks(p, &item, item.kv_end - item.kv_begin) - 1;
         index += raddle_plan_chunks(p, &item, bounds[k].used);
     }
@@ -352,7 +360,7 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_piece(const raddle_attention_plan_pa
                                                   const int64_t *counts, int32_t k) {
     const raddle_plan_boundary end = bounds[k], before = bounds[k - 1];
     const raddle_plan_place at = raddle_plan_place_of(shape, end.item);
-    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const raddle_plan_item item = raddle_plan_item_of(p, shape, at.request, at.group, at.tile);
     const int32_t cuts = (int32_t)raddle_plan_num_cuts(counts[k]) - 1;
     const int32_t merge = raddle_plan_num_merges(counts[k]) - 1;
     raddle_plan_write_segment(p, &item, before.item == end.item ? before.used : 0, end.used,
@@ -381,7 +389,7 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_item(const raddle_attention_plan_par
                                                  const raddle_plan_boundary *bounds,
                                                  const int64_t *counts, int32_t index) {
     const raddle_plan_place at = raddle_plan_place_of(shape, index);
-    const raddle_plan_item item = raddle_plan_item_of(p, at.request, at.group, at.tile);
+    const raddle_plan_item item = raddle_plan_item_of(p, shape, at.request, at.group, at.tile);
     const int32_t tokens = item.kv_end - item.kv_begin;
     const int64_t before = counts[raddle_plan_last_bound(bounds, p->num_workers, index)];
     int32_t last = raddle_plan_last_bound(bounds, p->num_workers, index + 1);
@@ -405,8 +413,9 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_item(const raddle_attention_plan_par
 }
 
 RADDLE_PLAN_FUNCTION void raddle_plan_write_header(const raddle_attention_plan_params *p,
-                                                   int32_t workers, int32_t segments,
-                                                   int32_t merges, int32_t slots) {
+                                                   const raddle_plan_shape *shape, int32_t workers,
+                                                   int32_t segments, int32_t merges,
+                                                   int32_t slots) {
     raddle_attention_header header;
     header.batch = p->batch;
     header.num_workers = workers;
@@ -414,7 +423,7 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write_header(const raddle_attention_plan_p
     header.num_merges = merges;
     header.num_slots = slots;
     header.num_qo_tokens = p->batch * p->qo_len;
-    header.fixed_chunk = p->fixed_chunk;
+    header.heads_per_item = shape->heads;
     header.reserved = 0;
     *p->header = header;
 }
@@ -440,52 +449,102 @@ RADDLE_PLAN_FUNCTION void raddle_plan_write(const raddle_attention_plan_params *
         }
         /* The worker before the first boundary at the end is the last that has something. */
         if (k > 0 && bounds[k].item == shape->items && bounds[k - 1].item < shape->items) {
-            raddle_plan_write_header(p, k, shape->items + cuts, merges, cuts + merges);
+            raddle_plan_write_header(p, shape, k, shape->items + cuts, merges, cuts + merges);
         }
     }
     for (int32_t i = thread; i < shape->items; i += threads) {
         raddle_plan_write_item(p, shape, bounds, space->counts, i);
     }
+    RADDLE_PLAN_SYNC(); /* the segments are written -> the first of each worker is copied */
+    for (int32_t k = thread; k < p->num_workers; k += threads) {
+        if (p->worker_indptr[k] < p->worker_indptr[k + 1]) {
+            p->first_segments[k] = p->segments[p->worker_indptr[k]];
+        }
+    }
 }
 
 /* ------------------------------------------------------------------ the whole */
+
+/* How many heads an item takes, and with it how many items there are and prices in their tokens. */
+RADDLE_PLAN_FUNCTION void raddle_plan_choose_heads(const raddle_attention_plan_params *p,
+                                                   raddle_plan_shape *shape,
+                                                   const raddle_plan_space *space, int32_t thread,
+                                                   int32_t threads) {
+    raddle_heads_question question;
+    question.kinds = shape->kinds;
+    question.num_kv_heads = p->num_kv_heads;
+    question.least = p->min_heads_per_item;
+    question.most = p->heads_per_item;
+    question.workers = p->num_workers;
+    question.segment_cost = p->segment_cost;
+    question.cut_cost = p->cut_cost;
+    question.merge_cost = p->merge_cost;
+    shape->heads = question.most;
+    if (question.least < question.most) {
+        int64_t sum = 0;
+        int32_t longest = 0;
+        for (int32_t kind = thread; kind < shape->kinds; kind += threads) {
+            const int32_t tokens = raddle_plan_tokens(p, shape, kind);
+            sum += tokens;
+            longest = tokens > longest ? tokens : longest;
+        }
+        if (thread == 0) {
+            space->worst[0] = 0;
+        }
+        (void)raddle_plan_scan(space->partial, sum, thread, threads, &question.tokens);
+        RADDLE_PLAN_MAX(&space->worst[0], (long long)longest);
+        RADDLE_PLAN_SYNC(); /* the longest of all is known -> everybody chooses alike */
+        question.longest = (int32_t)space->worst[0];
+        shape->heads = raddle_choose_heads(&question);
+    }
+    shape->segment_cost = (p->segment_cost + shape->heads - 1) / shape->heads;
+    shape->cut_cost = (p->cut_cost + shape->heads - 1) / shape->heads;
+    shape->groups = (p->num_kv_heads + shape->heads - 1) / shape->heads;
+    shape->items = shape->kinds * shape->groups;
+}
 
 /* Everything but the copy of the page table. */
 RADDLE_PLAN_FUNCTION void raddle_plan_batch(const raddle_attention_plan_params *p,
                                             const raddle_plan_space *shared, int32_t thread,
                                             int32_t threads) {
-    raddle_plan_space space = *shared;
-    if (p->prefix != 0) {
-        space.prefix = p->prefix;
-    }
     const int32_t rows = p->qo_len * p->group_size;
     raddle_plan_shape shape;
-    shape.groups = (p->num_kv_heads + p->heads_per_item - 1) / p->heads_per_item;
     shape.tiles = (rows + p->tile_rows - 1) / p->tile_rows;
     shape.kinds = p->batch * shape.tiles;
-    shape.items = shape.kinds * shape.groups;
+    raddle_plan_space space = *shared;
+    if (p->prefix != 0) {
+        space.whole = p->prefix;
+        space.spread = p->prefix + shape.kinds + 1;
+    }
     const int64_t num_pages = raddle_plan_num_pages(p);
     for (int32_t r = thread; r < p->batch; r += threads) {
         raddle_plan_read_request(p, num_pages, r);
     }
-    if (shape.items == 0) {
+    if (shape.kinds == 0) {
+        shape.heads = p->heads_per_item;
         for (int32_t k = thread; k <= p->num_workers; k += threads) {
             p->worker_indptr[k] = 0;
         }
         if (thread == 0) {
-            raddle_plan_write_header(p, 0, 0, 0, 0);
+            raddle_plan_write_header(p, &shape, 0, 0, 0, 0);
         }
         return;
     }
     RADDLE_PLAN_SYNC(); /* requests are written -> everybody reads them */
-    shape.cost = shape.groups *
-                 raddle_plan_sum_kinds(p, &shape, 0, space.partial, space.prefix, thread, threads);
-    shape.tokens = shape.cost - (int64_t)shape.items * p->segment_cost;
-    /* As the planner on the host: an idle worker is worth starting for half a segment's price. */
-    const int32_t grain = raddle_plan_grain(p), price = p->segment_cost;
-    const int64_t least = price / 2 > grain ? price / 2 : grain;
+    raddle_plan_choose_heads(p, &shape, &space, thread, threads);
+    shape.cost = shape.groups * raddle_plan_sum_kinds(p, &shape, RADDLE_PLAN_WHOLE_COST,
+                                                      space.partial, space.whole, thread, threads);
+    shape.tokens = shape.cost - (int64_t)shape.items * shape.segment_cost;
+    /* As the planner on the host: an idle worker is worth starting for a quarter of a segment. */
+    const int32_t grain = raddle_plan_grain(p), price = shape.segment_cost;
+    const int64_t least = price / 4 > grain ? price / 4 : grain;
     const int64_t useful = shape.tokens / least > shape.items ? shape.tokens / least : shape.items;
     shape.max_workers = (int32_t)raddle_plan_clamp(useful, 1, p->num_workers);
+    shape.load = (int32_t)raddle_plan_clamp(raddle_plan_ceil_div(shape.cost, shape.max_workers), 1,
+                                            0x7fffffff);
+    shape.spread_cost =
+        shape.groups * raddle_plan_sum_kinds(p, &shape, RADDLE_PLAN_SPREAD_COST, space.partial,
+                                             space.spread, thread, threads);
     raddle_plan_fit_own(p, &shape, &space, thread, threads);
     const raddle_plan_boundary *bounds = raddle_plan_choose(p, &shape, &space, thread, threads);
     raddle_plan_write(p, &shape, bounds, &space, thread, threads);

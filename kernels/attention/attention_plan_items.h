@@ -7,6 +7,7 @@
 #ifndef RADDLE_ATTENTION_PLAN_ITEMS_H
 #define RADDLE_ATTENTION_PLAN_ITEMS_H
 
+#include "attention/attention_heads.h"
 #include "attention/attention_plan_params.h"
 
 #ifndef __cplusplus
@@ -29,7 +30,7 @@
 #endif
 
 enum {
-    RADDLE_PLAN_THREADS = 1024,
+    RADDLE_PLAN_THREADS = 768,       /* leaves 80 registers each */
     RADDLE_PLAN_SHARED_KINDS = 2048, /* whose prefix sums fit in shared memory */
     RADDLE_PLAN_PROBES = 128,        /* sizes of an item's pieces that are tried side by side */
 
@@ -50,7 +51,9 @@ typedef struct raddle_plan_boundary {
 
 /* What the threads share. */
 typedef struct raddle_plan_space {
-    int64_t *prefix;              /* [kinds + 1] cost of the kinds before, each counted once */
+    /* [kinds + 1] sums over the kinds before, each counted once: of what they cost whole, and of
+     * what they cost when even shares cut them. */
+    int64_t *whole, *spread;
     int64_t *shares;              /* [num_workers + 1] workers of the kinds before, for OWN */
     int64_t *partial;             /* [2 * threads] */
     int64_t *counts;              /* [num_workers + 1] up to boundary k: raddle_plan_count_cuts */
@@ -61,9 +64,12 @@ typedef struct raddle_plan_space {
 
 /* The work as a whole; the same in every thread. */
 typedef struct raddle_plan_shape {
-    int32_t groups, tiles; /* of heads and of rows: items of a request */
+    int32_t heads;                  /* of an item */
+    int32_t segment_cost, cut_cost; /* in tokens of an item */
+    int32_t groups, tiles;          /* of heads and of rows: items of a request */
     int32_t kinds, items;
-    int64_t cost, tokens;
+    int64_t cost, spread_cost, tokens;
+    int32_t load;        /* cost of an even share */
     int32_t max_workers; /* that are worth starting */
     int32_t own_workers; /* that OWN takes; 0: it is not to be had */
     int32_t own_tokens;  /* the most of a piece there */
@@ -78,7 +84,7 @@ RADDLE_INLINE int64_t raddle_plan_round_up(int64_t bytes) {
 /* Bytes of the space; every part is a multiple of 16. */
 RADDLE_INLINE int64_t raddle_plan_space_bytes(int32_t num_workers, int32_t threads) {
     const int64_t boundaries = (int64_t)num_workers + 1;
-    return raddle_plan_round_up((RADDLE_PLAN_SHARED_KINDS + 1) * 8) +
+    return 2 * raddle_plan_round_up((RADDLE_PLAN_SHARED_KINDS + 1) * 8) +
            2 * raddle_plan_round_up(boundaries * 8) + (int64_t)threads * 16 +
            RADDLE_PLAN_CANDIDATES * 8 +
            raddle_plan_round_up(RADDLE_PLAN_CANDIDATES * boundaries * 8) + 16;
@@ -87,7 +93,9 @@ RADDLE_INLINE int64_t raddle_plan_space_bytes(int32_t num_workers, int32_t threa
 RADDLE_PLAN_FUNCTION void raddle_plan_carve(char *memory, int32_t num_workers, int32_t threads,
                                             raddle_plan_space *space) {
     const int64_t boundaries = (int64_t)num_workers + 1;
-    space->prefix = (int64_t *)memory;
+    space->whole = (int64_t *)memory;
+    memory += raddle_plan_round_up((RADDLE_PLAN_SHARED_KINDS + 1) * 8);
+    space->spread = (int64_t *)memory;
     memory += raddle_plan_round_up((RADDLE_PLAN_SHARED_KINDS + 1) * 8);
     space->shares = (int64_t *)memory;
     memory += raddle_plan_round_up(boundaries * 8);
@@ -154,12 +162,13 @@ typedef struct raddle_plan_item {
 } raddle_plan_item;
 
 RADDLE_PLAN_FUNCTION raddle_plan_item raddle_plan_item_of(const raddle_attention_plan_params *p,
+                                                          const raddle_plan_shape *shape,
                                                           int32_t request, int32_t group,
                                                           int32_t tile) {
     const int32_t rows = p->qo_len * p->group_size;
     raddle_plan_item item;
     item.request = request;
-    item.head = group * p->heads_per_item;
+    item.head = group * shape->heads;
     item.row_begin = tile * p->tile_rows;
     item.row_end = rows - item.row_begin < p->tile_rows ? rows : item.row_begin + p->tile_rows;
     item.kv_begin = 0;
@@ -180,7 +189,8 @@ RADDLE_PLAN_FUNCTION raddle_plan_item raddle_plan_item_of(const raddle_attention
 RADDLE_PLAN_FUNCTION int32_t raddle_plan_tokens(const raddle_attention_plan_params *p,
                                                 const raddle_plan_shape *shape, int32_t kind) {
     const int32_t request = shape->tiles == 1 ? kind : kind / shape->tiles;
-    const raddle_plan_item item = raddle_plan_item_of(p, request, 0, kind - request * shape->tiles);
+    const raddle_plan_item item =
+        raddle_plan_item_of(p, shape, request, 0, kind - request * shape->tiles);
     return item.kv_end - item.kv_begin;
 }
 
@@ -273,35 +283,43 @@ RADDLE_PLAN_FUNCTION int64_t raddle_plan_scan(int64_t *partial, int64_t mine, in
     return before;
 }
 
-/* Cost of a kind, or with own_tokens the workers that it gets in OWN. */
+/* What sum_kinds adds up. */
+enum {
+    RADDLE_PLAN_WHOLE_COST,
+    RADDLE_PLAN_SPREAD_COST, /* with what the cuts of a long item cost */
+    RADDLE_PLAN_OWNERS,      /* the workers that it gets in OWN */
+};
+
 RADDLE_PLAN_FUNCTION int64_t raddle_plan_weight(const raddle_attention_plan_params *p,
                                                 const raddle_plan_shape *shape, int32_t kind,
-                                                int32_t own_tokens) {
+                                                int32_t weight) {
     const int32_t tokens = raddle_plan_tokens(p, shape, kind);
-    if (own_tokens > 0) {
-        return tokens > 0 ? ((uint32_t)tokens + (uint32_t)own_tokens - 1) / (uint32_t)own_tokens
-                          : 1;
+    if (weight == RADDLE_PLAN_OWNERS) {
+        const uint32_t most = (uint32_t)shape->own_tokens;
+        return tokens > 0 ? ((uint32_t)tokens + most - 1) / most : 1;
     }
-    return (int64_t)tokens + p->segment_cost;
+    const int64_t cost = (int64_t)tokens + shape->segment_cost;
+    const bool is_spread = weight == RADDLE_PLAN_SPREAD_COST;
+    const int32_t cuts = is_spread ? (int32_t)((uint32_t)tokens / (uint32_t)shape->load) : 0;
+    return cost + (int64_t)cuts * (shape->segment_cost + shape->cut_cost);
 }
 
 /* Fills prefix [kinds + 1]; returns the sum over all kinds. */
 RADDLE_PLAN_FUNCTION int64_t raddle_plan_sum_kinds(const raddle_attention_plan_params *p,
-                                                   const raddle_plan_shape *shape,
-                                                   int32_t own_tokens, int64_t *partial,
-                                                   int64_t *prefix, int32_t thread,
-                                                   int32_t threads) {
+                                                   const raddle_plan_shape *shape, int32_t weight,
+                                                   int64_t *partial, int64_t *prefix,
+                                                   int32_t thread, int32_t threads) {
     const int32_t per_thread = (shape->kinds + threads - 1) / threads;
     const int64_t first = (int64_t)per_thread * thread;
     const int64_t end = raddle_plan_clamp(first + per_thread, 0, shape->kinds);
     int64_t sum = 0, total = 0;
     for (int64_t kind = first; kind < end; kind++) {
-        sum += raddle_plan_weight(p, shape, (int32_t)kind, own_tokens);
+        sum += raddle_plan_weight(p, shape, (int32_t)kind, weight);
     }
     int64_t before = raddle_plan_scan(partial, sum, thread, threads, &total);
     for (int64_t kind = first; kind < end; kind++) {
         prefix[kind] = before;
-        before += raddle_plan_weight(p, shape, (int32_t)kind, own_tokens);
+        before += raddle_plan_weight(p, shape, (int32_t)kind, weight);
     }
     if (thread == 0) {
         prefix[shape->kinds] = total;

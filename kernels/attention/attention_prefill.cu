@@ -125,7 +125,7 @@ __device__ __forceinline__ int32_t start_lookup(const raddle_attention_params &p
     const int32_t token = begin + thread % TILE_KV;
     int32_t entry = request.kv_begin, offset = token;
     if (p.page_size > 0) {
-        const int32_t number = (int32_t)((unsigned)token / (unsigned)p.page_size);
+        const int32_t number = (int32_t)raddle_divide((uint32_t)token, p.page_divisor);
         entry += number;
         offset -= number * p.page_size;
     } else {
@@ -165,7 +165,7 @@ __device__ __forceinline__ int32_t note_rows(const raddle_attention_params &p, c
     token += TILE_KV;
     offset += TILE_KV;
     if (p.page_size > 0 && offset >= p.page_size) {
-        const int32_t pages = (int32_t)((unsigned)offset / (unsigned)p.page_size);
+        const int32_t pages = (int32_t)raddle_divide((uint32_t)offset, p.page_divisor);
         entry += pages;
         offset -= pages * p.page_size;
     }
@@ -304,7 +304,7 @@ __device__ __forceinline__ void mask_scores(const raddle_attention_params &p, in
         for (int c = 0; c < 2; c++) {
             const unsigned row = (unsigned)(segment.row_begin + row0 + 16 * r + 8 * c);
             const key_range keys = keys_of_token(p, request.qo_len, request.kv_len,
-                                                 (int32_t)(row / (unsigned)p.group_size));
+                                                 (int32_t)raddle_divide(row, p.group_divisor));
             const int32_t begin = keys.begin - base - j2, end = keys.end - base - j2;
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; n++) {
@@ -554,7 +554,6 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
     const int32_t thread = thread_here();
     const raddle_attention_segment &segment = p.segments[index];
     const raddle_attention_request &request = p.requests[segment.request];
-    const unsigned group = (unsigned)p.group_size;
     const int32_t fixed_chunk = p.fixed_chunk;
     int32_t end = segment.kv_end;
     if (fixed_chunk > 0 && segment.slot < 0) {
@@ -566,10 +565,12 @@ __device__ __forceinline__ int32_t open_piece(const raddle_attention_params &p, 
         at.segment = index;
         at.begin = begin;
         at.end = end;
-        at.full_begin =
-            keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(last / group)).begin;
-        at.full_end =
-            keys_of_token(p, request.qo_len, request.kv_len, (int32_t)(first / group)).end;
+        at.full_begin = keys_of_token(p, request.qo_len, request.kv_len,
+                                      (int32_t)raddle_divide(last, p.group_divisor))
+                            .begin;
+        at.full_end = keys_of_token(p, request.qo_len, request.kv_len,
+                                    (int32_t)raddle_divide(first, p.group_divisor))
+                          .end;
         at.num_tiles = max((int32_t)(((unsigned)(end - begin) + TILE_KV - 1) / TILE_KV), 1);
     }
     if (thread < TILE_ROWS) {
@@ -607,7 +608,7 @@ __device__ __forceinline__ void finish_piece(const raddle_attention_params &p, c
         write_partial(p, segment, acc);
         const raddle_attention_merge &merge = p.merges[segment.merge];
         if (arrive_at_merge(p, segment.merge, merge.num_arrivals, is_last)) {
-            merge_partials<out_type, 1, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, merge);
+            merge_partials<out_type, HEAD_DIM_VO, THREADS, MERGE_IN_FLIGHT>(p, merge, 1);
         }
         return;
     }

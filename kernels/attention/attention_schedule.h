@@ -8,7 +8,8 @@
  * ranges, one per worker (a CTA, or a CPU thread). Segments. What one worker does of one item: K/V
  * tokens [kv_begin, kv_end). An item that one worker does whole writes the output itself (slot <
  * 0); a cut item leaves one float32 partial per segment, in K/V order, and its merge adds them up
- * in that order whoever finishes last: results do not depend on timing. The counts lie in memory
+ * in that order whoever finishes last: results do not depend on timing. The first segment of each
+ * worker lies apart once more, where it is found without looking up which it is. The counts lie in memory
  * with the rest, so that a launch captured for the maxima reads how much there is.
  */
 #ifndef RADDLE_ATTENTION_SCHEDULE_H
@@ -23,7 +24,7 @@ typedef struct raddle_attention_header {
     int32_t num_merges;
     int32_t num_slots;
     int32_t num_qo_tokens;
-    int32_t fixed_chunk;
+    int32_t heads_per_item; /* of all items of this schedule */
     int32_t reserved;
 } raddle_attention_header;
 RADDLE_ASSERT_SIZE(raddle_attention_header, 32);

@@ -7,7 +7,7 @@
 #include "base/alloc.h"
 #include "check.h"
 
-enum { MAX_BATCH = 512 };
+enum { MAX_BATCH = 544 };
 
 typedef struct problem {
     raddle_attention_spec spec;
@@ -37,11 +37,11 @@ static inline void start(problem *p, int32_t workers, int32_t group_size, int32_
     p->config.group_size = group_size;
     p->config.num_kv_heads = kv_heads;
     p->config.num_qo_heads = kv_heads * group_size;
-    p->config.heads_per_item = heads_per_item;
+    p->config.heads_per_item = p->config.min_heads_per_item = heads_per_item;
     p->config.tile_rows = tile_rows;
     p->config.tile_kv = tile_kv;
     p->config.num_workers = workers;
-    p->config.segment_cost = price;
+    p->config.segment_cost = price * heads_per_item;
 }
 
 static inline void open_problem(problem *p) {
@@ -50,6 +50,8 @@ static inline void open_problem(problem *p) {
     p->schedule.requests = raddle_alloc_zero(MAX_BATCH * sizeof(raddle_attention_request));
     p->schedule.worker_indptr =
         raddle_alloc_zero(((size_t)p->config.num_workers + 1) * sizeof(int32_t));
+    p->schedule.first_segments =
+        raddle_alloc_zero((size_t)p->config.num_workers * sizeof(raddle_attention_segment));
     p->schedule.segments =
         raddle_alloc_zero((size_t)p->limits.max_segments * sizeof(raddle_attention_segment));
     p->schedule.merges =
@@ -59,6 +61,7 @@ static inline void open_problem(problem *p) {
 static inline void close_problem(problem *p) {
     raddle_free(p->schedule.requests);
     raddle_free(p->schedule.worker_indptr);
+    raddle_free(p->schedule.first_segments);
     raddle_free(p->schedule.segments);
     raddle_free(p->schedule.merges);
 }
@@ -78,11 +81,14 @@ static inline void check_coverage(const problem *p) {
     CHECK_INT(s->worker_indptr[p->config.num_workers], p->header.num_segments);
     for (int32_t w = 0; w < p->config.num_workers; w++) {
         CHECK(s->worker_indptr[w] <= s->worker_indptr[w + 1]);
+        CHECK(s->worker_indptr[w] == s->worker_indptr[w + 1] ||
+              memcmp(&s->first_segments[w], &s->segments[s->worker_indptr[w]],
+                     sizeof *s->segments) == 0);
     }
     for (int32_t r = 0; r < p->batch; r++) {
         const raddle_attention_request *request = &s->requests[r];
         const int32_t rows = request->qo_len * p->config.group_size;
-        for (int32_t head = 0; head < p->config.num_kv_heads; head += p->config.heads_per_item) {
+        for (int32_t head = 0; head < p->config.num_kv_heads; head += p->header.heads_per_item) {
             for (int32_t row = 0; row < rows; row += p->config.tile_rows) {
                 const int32_t row_end =
                     row + p->config.tile_rows < rows ? row + p->config.tile_rows : rows;

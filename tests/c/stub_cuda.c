@@ -234,6 +234,8 @@ EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
     (void)device;
     ENTER();
     *value = attribute == 16   ? 132
+             : attribute == 36 ? 2619000
+             : attribute == 37 ? 5120
              : attribute == 38 ? 50 << 20
              : attribute == 75 ? state.arch / 10
              : attribute == 76 ? state.arch % 10

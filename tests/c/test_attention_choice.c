@@ -7,9 +7,9 @@
 #include "attention/attention_choice.h"
 
 static const raddle_attention_machine hopper = {
-    .arch = 90, .num_sms = 132, .shared_bytes = 227 * 1024};
+    .arch = 90, .num_sms = 132, .shared_bytes = 227 * 1024, .read_rate = 23000};
 static const raddle_attention_machine small = {
-    .arch = 86, .num_sms = 84, .shared_bytes = 99 * 1024};
+    .arch = 86, .num_sms = 84, .shared_bytes = 99 * 1024, .read_rate = 10000};
 
 typedef struct choice_case {
     int32_t head_dim_qk, head_dim_vo, num_kv_heads, group_size, qo_len, max_batch, fixed_chunk;
@@ -43,13 +43,13 @@ static void test_kernels(void) {
         bool decode;
         int32_t tile_rows, heads_per_item;
     } cases[] = {
-        {{128, 128, 8, 4, 1, 1, 0}, true, 4, 1},    /* one request: narrow items */
-        {{128, 128, 8, 4, 1, 256, 0}, true, 4, 2},  /* many */
+        {{128, 128, 8, 4, 1, 1, 0}, true, 4, 8},    /* a warp per head */
+        {{128, 128, 12, 4, 1, 256, 0}, true, 4, 4}, /* what divides the heads */
         {{128, 128, 7, 4, 1, 4096, 0}, true, 4, 1}, /* odd heads are not paired */
         {{128, 128, 8, 4, 4, 256, 0}, true, 16, 2}, /* 4 query tokens */
         {{128, 128, 1, 20, 1, 1, 0}, true, 10, 1},  /* two even tiles */
         {{128, 128, 1, 32, 1, 1, 0}, true, 16, 1},    {{128, 128, 1, 33, 1, 1, 0}, false, 64, 1},
-        {{256, 256, 2, 16, 1, 1, 0}, true, 8, 1}, /* 16 rows do not fit in registers */
+        {{256, 256, 2, 16, 1, 1, 0}, true, 8, 2}, /* 16 rows do not fit in registers */
         {{128, 128, 8, 4, 512, 1, 0}, false, 128, 1}, {{112, 112, 8, 4, 512, 1, 0}, false, 64, 1},
         {{128, 128, 8, 4, 512, 1, 64}, false, 64, 1}, /* folded chunks need the memory */
         {{128, 128, 8, 4, 1, 1, 64}, true, 4, 2},     /* the batch does not decide the width */
@@ -63,6 +63,8 @@ static void test_kernels(void) {
                   0);
         CHECK_INT(choice.tile_rows, cases[i].tile_rows);
         CHECK_INT(choice.heads_per_item, cases[i].heads_per_item);
+        CHECK_INT(choice.min_heads_per_item,
+                  cases[i].c.fixed_chunk > 0 ? choice.heads_per_item : 1);
         CHECK(choice.segment_cost > 0 && choice.tile_kv > 0 && choice.shared_bytes > 0);
         CHECK(strstr(choice.config, "#define RADDLE_KV_TYPE bf16\n") != NULL);
         /* The last line is whole: nothing was cut off. */

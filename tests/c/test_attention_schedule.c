@@ -31,6 +31,8 @@ static void test_random_batches(void) {
         const int32_t group_size = 1 + random_below(8), kv_heads = 1 + random_below(9);
         start(&p, 1 + random_below(140), group_size, kv_heads, 1 + random_below(kv_heads),
               8 << random_below(4), 16 << random_below(3), random_below(100));
+        p.config.min_heads_per_item = random_below(2) ? 1 : p.config.heads_per_item;
+        p.config.cut_cost = random_below(100);
         p.config.causal = random_below(2);
         p.spec.window_left = random_below(3) == 0 ? random_below(200) : -1;
         p.spec.fixed_chunk = random_below(3) == 0 ? 64 * (1 + random_below(4)) : 0;
@@ -82,13 +84,46 @@ static void test_existing_boundaries_win(void) {
     close_problem(&p);
 }
 
+/* Which width an H200 was fastest with: LOG.md. */
+static void test_width_follows_the_batch(void) {
+    static const struct {
+        int32_t batch, kv_len, longest, heads;
+    } cases[] = {
+        {64, 16384, 0, 8},   {64, 4096, 0, 4}, {64, 1024, 0, 4}, {16, 8192, 0, 1},
+        {16, 1024, 0, 1},    {8, 1024, 0, 1},  {1, 32768, 0, 1}, {1, 1024, 0, 1},
+        {63, 512, 65536, 2}, {528, 16, 0, 8},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        problem p;
+        start(&p, 132, 4, 8, 8, 4, 16, 0);
+        p.config.min_heads_per_item = 1;
+        p.config.segment_cost = 260;
+        p.config.cut_cost = 290;
+        p.config.merge_cost = 5;
+        p.spec.max_qo_len = 1;
+        p.spec.max_qo_tokens = MAX_BATCH;
+        open_problem(&p);
+        if (cases[i].longest > 0) {
+            add(&p, 1, cases[i].longest);
+        }
+        for (int32_t k = 0; k < cases[i].batch && k < MAX_BATCH; k++) {
+            add(&p, 1, cases[i].kv_len);
+        }
+        build(&p);
+        check_coverage(&p);
+        CHECK_INT(p.header.heads_per_item, cases[i].heads);
+        close_problem(&p);
+    }
+}
+
 static void test_little_work_uses_few_workers(void) {
     problem p;
     start(&p, 132, 4, 1, 1, 8, 16, 64);
     open_problem(&p);
     add(&p, 1, 100);
     build(&p);
-    CHECK(p.header.num_workers <= 100 / (64 / 2)); /* half the price of a segment is worth one */
+    CHECK(p.header.num_workers <=
+          100 / (64 / 4)); /* a quarter of the price of a segment is worth one */
     close_problem(&p);
 }
 
@@ -129,6 +164,7 @@ int main(void) {
     test_random_batches();
     test_decode_is_balanced();
     test_existing_boundaries_win();
+    test_width_follows_the_batch();
     test_little_work_uses_few_workers();
     test_fixed_chunks_are_the_same_in_any_batch();
     test_cost_grows_with_the_work();
