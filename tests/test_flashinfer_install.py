@@ -199,16 +199,18 @@ def test_a_program_written_for_flashinfer_runs(device):
         import flashinfer.page
         import flashinfer.quantization.fp4_quantization
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper, fused_moe, merge_state
+        from flashinfer.cutile.cutile_common import is_cuda_tile_available
         from flashinfer.decode import trtllm_batch_decode_with_kv_cache
-        from flashinfer.jit import build_jit_specs
+        from flashinfer.jit import build_jit_specs, env
         from flashinfer.jit.attention import gen_batch_decode_module
+        from flashinfer.jit.core import gen_jit_spec
         from flashinfer.mla import BatchMLAPagedAttentionWrapper
         from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
         from flashinfer.utils import PosEncodingMode
 
         build_jit_specs([gen_batch_decode_module(torch.float16, torch.float16, torch.float16,
                                                  torch.int32, 128, 128, 0, False, False)])
-        assert PosEncodingMode["ROPE_LLAMA"].value == 1
+        assert PosEncodingMode["ROPE_LLAMA"].value == 1 and not is_cuda_tile_available()
         assert flashinfer.decode.BatchDecodeWithPagedKVCacheWrapper is (
             BatchDecodeWithPagedKVCacheWrapper)
         device = torch.device("{device}")
@@ -286,6 +288,8 @@ def test_what_is_missing_raises_when_used():
     assert not isinstance(1, flashinfer.SegmentGEMMWrapper)
     with pytest.raises(errors.UnsupportedError, match="SegmentGEMMWrapper.run"):
         flashinfer.SegmentGEMMWrapper.run()
+    with pytest.raises(errors.UnsupportedError, match="env.FLASHINFER_CSRC_DIR"):
+        _ = flashinfer.jit.env.FLASHINFER_CSRC_DIR / "norm.cu"
     with pytest.raises(AttributeError, match="no_such"):
         _ = flashinfer.no_such
     with pytest.raises(AttributeError, match="no_such"):

@@ -209,8 +209,14 @@ def test_softmax(device):
         want = torch.softmax(logits / cold[:, None], -1)
         torch.testing.assert_close(sampling.softmax(logits, temperature), want)
     torch.testing.assert_close(sampling.softmax(logits.double(), 2), torch.softmax(logits / 2, -1))
-    for bad, error in ((cold[:3], ValueError), (cold.int(), ValueError), (True, TypeError)):
-        with pytest.raises(error, match="temperature"):
+    for bad, error, reason in (
+        (cold[:3], ValueError, "length must equal"),
+        (cold[:, None], ValueError, "must be 1D"),
+        (cold.int(), ValueError, "must have dtype"),
+        (cold.to("meta"), ValueError, "same device as logits"),
+        (True, TypeError, "a real scalar"),
+    ):
+        with pytest.raises(error, match=f"temperature .*{reason}"):
             sampling.softmax(logits, bad)
 
 

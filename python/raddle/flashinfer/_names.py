@@ -8,6 +8,7 @@ more than it uses still starts.
 OWN_MODULES = {
     "activation": ("activation",),
     "cascade": ("cascade",),
+    "cutile": ("cutile", "cutile.cutile_common"),
     "decode": ("decode",),
     "jit": ("jit", "jit.attention", "jit.core"),
     "norm": ("norm",),

@@ -16,6 +16,9 @@ class _PlaceholderType(type):
             "raddle.flashinfer.supports(name, ...) tells what it has"
         )
 
+    def __truediv__(cls, other):  # of a folder that has no files here
+        cls()
+
     def __getattr__(cls, name):
         if name.startswith("__"):
             raise AttributeError(name)

@@ -1,5 +1,7 @@
 """Parameters and random numbers of flashinfer.sampling, as raddle.ops takes them."""
 
+from numbers import Real
+
 LEAST_TOP_P = 2.0**-126  # stands in for 0, with which the likeliest token is kept alone
 _MOST_TOP_K = 2**31 - 1
 
@@ -104,3 +106,36 @@ def top_k_of(value, n):
     if value.device.type == "cpu":
         return value.to(torch.int64).clamp(max=_MOST_TOP_K)
     return value.to(torch.int32)
+
+
+def _validate_softmax_temperature(logits, temperature):
+    """(tensor or None, number, whether none was given), by FlashInfer's name for its tests."""
+    import torch
+
+    if temperature is None:
+        return None, 1.0, True
+    if not isinstance(temperature, torch.Tensor):
+        if isinstance(temperature, bool) or not isinstance(temperature, Real):
+            raise TypeError(
+                "temperature must be None, a real scalar or a tensor, "
+                f"got {type(temperature).__name__}"
+            )
+        return None, float(temperature), False
+    if temperature.ndim != 1:
+        raise ValueError(f"temperature tensor must be 1D, got {temperature.ndim}D")
+    if temperature.shape[0] != logits.shape[0]:
+        raise ValueError(
+            "temperature tensor length must equal logits.size(0), "
+            f"{logits.shape[0]}, got {temperature.shape[0]}"
+        )
+    if temperature.device != logits.device:
+        raise ValueError(
+            "temperature tensor must be on the same device as logits, "
+            f"{logits.device}, got {temperature.device}"
+        )
+    if temperature.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            "temperature tensor must have dtype float16, bfloat16, float32 or float64, "
+            f"got {temperature.dtype}"
+        )
+    return temperature, 0.0, False

@@ -17,11 +17,17 @@ return_valid tells; on the CPU it is an ArgumentError unless return_valid is set
 for NaN first, which on a GPU waits for it.
 """
 
-from numbers import Real
-
 from .. import ops
 from ._refuse import refuser
-from ._sampling import LEAST_TOP_P, get_seed_and_offset, random_numbers, rows_of, share, top_k_of
+from ._sampling import (
+    LEAST_TOP_P,
+    _validate_softmax_temperature,
+    get_seed_and_offset,
+    random_numbers,
+    rows_of,
+    share,
+    top_k_of,
+)
 from .jit import gen_sampling_module
 
 __all__ = [
@@ -52,28 +58,19 @@ def softmax(logits, temperature=None, enable_pdl=None):
     temperature above 0: a number, a float tensor [n] on logits' device, or None for 1. enable_pdl
     only tunes and is accepted.
     """
-    import torch
+    one_each, number, _ = _validate_softmax_temperature(logits, temperature)
+    one_each = number if one_each is None else one_each.float()
+    return ops.softmax(rows_of(logits), temperature=one_each)
 
-    if temperature is None:
-        return ops.softmax(rows_of(logits))
-    if isinstance(temperature, torch.Tensor):
-        if temperature.ndim != 1 or temperature.shape[0] != logits.shape[0]:
-            raise ValueError(
-                f"temperature: expected a number or a tensor of {logits.shape[0]} values, "
-                f"got shape {tuple(temperature.shape)}"
-            )
-        if temperature.device != logits.device:
-            raise ValueError(
-                f"temperature: expected a tensor on {logits.device}, got {temperature.device}"
-            )
-        if not temperature.is_floating_point():
-            raise ValueError(f"temperature: expected floats, got {temperature.dtype}")
-        return ops.softmax(rows_of(logits), temperature=temperature.float())
-    if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(
-            f"temperature: expected a number or a tensor, got {type(temperature).__name__}"
-        )
-    return ops.softmax(rows_of(logits), temperature=float(temperature))
+
+# FlashInfer's tests ask for its route to a softmax of Blackwell's; raddle has one softmax for all.
+_BLACKWELL_SOFTMAX_ROUTE_FALLBACK = 0
+_BLACKWELL_SOFTMAX_ROUTE_MR515_V32000_T512 = 4
+
+
+def _blackwell_softmax_route_for_testing(logits, temperature=None, enable_pdl=False):
+    """The number that says: none of those routes."""
+    return _BLACKWELL_SOFTMAX_ROUTE_FALLBACK
 
 
 # -- sampling -----------------------------------------------------------------------------------
@@ -317,4 +314,11 @@ def chain_speculative_sampling(
     return tokens, accepted, emitted
 
 
-__getattr__ = refuser("sampling", "get_sampling_module")
+__getattr__ = refuser(
+    "sampling",
+    "HY3_SAMPLER_SOFTMAX_AFTER_TOP_K",
+    "HY3_SAMPLER_SOFTMAX_BEFORE_TOP_K",
+    "HY3_SAMPLER_SOFTMAX_NONE",
+    "fused_sampling_from_logits_hy3",
+    "get_sampling_module",
+)
