@@ -103,7 +103,7 @@ def test_any_multiple_of_8_is_a_head_dim(rng, device, head_dim, decode):
     check(batch, device, decode=decode, causal=not decode, **heads)
 
 
-@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 6, 7, 8, 12, 16])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 6, 7, 8, 12, 16, 17, 32, 33, 64])
 @pytest.mark.parametrize("decode", [True, False])
 def test_any_group_size(rng, device, group_size, decode):
     heads = dict(num_qo_heads=3 * group_size, num_kv_heads=3, head_dim=64)

@@ -4,6 +4,8 @@ Needs: a C compiler for the stub driver.
 """
 
 import json
+import os
+import shutil
 
 import pytest
 from raddle import doctor
@@ -32,7 +34,7 @@ def test_rows():
     rows = doctor.report()
     checks = [row["check"] for row in rows]
     assert len(set(checks)) == len(checks)
-    for wanted in ("python", "numpy", "torch", "cpu", "cpu attention", "driver", "nvrtc"):
+    for wanted in ("python", "numpy", "torch", "cpu", "cpu attention", "cc", "driver", "nvrtc"):
         assert wanted in checks
     assert "kernel cache" in checks and any(check.endswith("attention") for check in checks)
     for row in rows:
@@ -116,6 +118,24 @@ def test_limits(tmp_path):
     assert rows["torch"]["state"] == "absent" and "pip install torch" in rows["torch"]["cure"]
     done = run_doctor(prelude, RADDLE_CACHE_DIR="", **settings)
     assert rows_of(done)["kernel cache"]["state"] == "limited"
+
+
+def test_the_compiler_of_variants(tmp_path):
+    def row(compiler):
+        done = run_doctor(RADDLE_DISABLE_CUDA="1", RADDLE_CACHE_DIR=str(tmp_path), CC=compiler)
+        assert done.returncode == 0, done.stdout  # everything else works
+        return rows_of(done)["cc"]
+
+    found = shutil.which("cc") or pytest.skip("needs cc: no C compiler on the PATH")
+    for compiler in ("", "cc", f"{found} -O1"):
+        good = row(compiler)
+        assert good["state"] == "ok" and os.path.realpath(found) in good["value"]
+    none = row("no-such-cc -O2")
+    assert none["state"] == "absent" and "no no-such-cc:" in none["value"]
+    assert "apt install gcc" in none["cure"] and "CC" in none["cure"]
+    bad = row("cc -fno-such-flag")
+    assert bad["state"] == "limited" and "-fno-such-flag" in bad["value"] and bad["cure"]
+    assert row("false")["state"] == "limited"  # a program that says nothing
 
 
 def test_a_probe_that_fails_is_a_row():

@@ -1,7 +1,7 @@
 """torch.ops.raddle: schemas, shapes, torch.compile and torch.cuda.graph.
 
 Every operator passes torch.library.opcheck, gives what raddle's own function gives (which has tests
-of its own), and compiles with fullgraph=True. Needs: torch; a GPU for device cuda.
+of its own), and compiles with fullgraph=True. Needs: torch, a C compiler; a GPU for device cuda.
 """
 
 import shutil
@@ -11,32 +11,32 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch: not installed")
 
-from raddle import attention, ops  # noqa: E402
+from raddle import Variant, attention, ops  # noqa: E402
 from raddle.attention import BatchDecode, BatchPrefill, BatchRaggedPrefill  # noqa: E402
-from raddle.errors import DTypeError, StateError, UnsupportedError  # noqa: E402
+from raddle.errors import ArgumentError, DTypeError, StateError, UnsupportedError  # noqa: E402
 from raddle.integrations.torch import AttentionOp  # noqa: E402
 
+from tests.hook_cases import CASES  # noqa: E402
+
 HEADS = dict(num_qo_heads=8, num_kv_heads=2, head_dim=64)
-LENGTHS = (40, 7, 300, 1)
 raddle_ops = torch.ops.raddle
+needs_cc = pytest.mark.skipif(not shutil.which("cc"), reason="needs cc: no C compiler on the PATH")
 
 
 def make(device, *shape, seed=0, dtype=None):
     generator = torch.Generator().manual_seed(seed)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = dtype or getattr(torch, spec_of(device)["dtype"])
     return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
-def make_decode(device, lengths=LENGTHS, max_pages=64, **spec):
+def spec_of(device, **more):
+    return dict(HEADS, dtype="float32" if device == "cpu" else "bfloat16", device=device, **more)
+
+
+def make_decode(device, lengths=(40, 7, 300, 1), max_pages=64, **spec):
     pages = [-(-n // 16) for n in lengths]
     plan = BatchDecode(
-        page_size=16,
-        dtype="float32" if device == "cpu" else "bfloat16",
-        max_batch=len(lengths),
-        max_pages=max_pages,
-        device=device,
-        **HEADS,
-        **spec,
+        page_size=16, max_batch=len(lengths), max_pages=max_pages, **spec_of(device, **spec)
     )
     plan_decode(plan, lengths)
     return plan, make(device, len(lengths), 8, 64), make(device, sum(pages), 2, 16, 2, 64, seed=1)
@@ -52,15 +52,7 @@ def plan_decode(plan, lengths):
 
 def plan_with(kind, device, **spec):
     """(plan, its q, its K and V): causal, 20 query rows of two requests."""
-    common = dict(
-        HEADS,
-        dtype="float32" if device == "cpu" else "bfloat16",
-        max_batch=2,
-        max_qo_tokens=32,
-        causal=True,
-        device=device,
-        **spec,
-    )
+    common = spec_of(device, max_batch=2, max_qo_tokens=32, causal=True, **spec)
     qo = torch.tensor([0, 5, 20])
     q = make(device, 20, 8, 64)
     if kind == "ragged":
@@ -166,8 +158,8 @@ def assert_equal(got, want):
 def test_every_operator_has_a_case():
     defined = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()
                if name.startswith("raddle::")}  # fmt: skip
-    tested = {*NAMES, *(name.partition(",")[0] for name in WRITERS), "attention", "attention_lse"}
-    assert defined == tested
+    tested = {*NAMES, *(name.partition(",")[0] for name in WRITERS)}
+    assert defined == tested | {f"attention{x}" for x in ("", "_lse", "_writing", "_lse_writing")}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,9 +186,7 @@ def test_writers(device, name):
 def test_attention(device, kind):
     plan, q, kv = make_decode(device) if kind == "decode" else plan_with(kind, device)
     op = AttentionOp(plan)
-    want = plan.run(q, kv, return_lse=True) if kind != "ragged" else plan.run(
-        q, *kv, return_lse=True
-    )  # fmt: skip
+    want = plan.run(q, *(kv if kind == "ragged" else [kv]), return_lse=True)
     assert_equal(op(q, kv), want[0])
     assert_equal(op(q, kv, return_lse=True), want)
     k, v = kv if isinstance(kv, tuple) else (kv, None)
@@ -211,6 +201,59 @@ def test_attention_with_sinks_and_scales(device):
     heads = torch.tensor([0.5, 2.0], device=device)
     for scales in (dict(k_scale=0.5, v_scale=2.0), dict(k_scale=heads, v_scale=heads)):
         assert_equal(op(q, kv, sinks=sinks, **scales), plan.run(q, kv, sinks=sinks, **scales))
+
+
+@needs_cc
+@pytest.mark.keeps_blocks
+@pytest.mark.parametrize("suffix", ["", "_writing"])
+def test_variant(device, suffix):
+    """A hook that reads, and one that writes every logit too, beside sinks and scales."""
+    write = "{ v->dump.data[(row->token * 8 + row->qo_head) * 300 + kv_index] = logit;"
+    source = CASES["logit"].source.replace("{", write if suffix else "{", 1)
+    written = dict(dump=torch.zeros(4, 8, 300, device=device)) if suffix else {}
+    tensors = ["bias", *((name, "float32", "w") for name in written)]
+    variant = Variant("biased", source, tensors=tensors, scalars=["factor"])
+    plan, q, kv = make_decode(device, variant=variant, sinks=True)
+    op, bias = AttentionOp(plan), torch.randn(8, 33, device=device)
+    sinks, scales = bias[:, 0].contiguous(), bias[:2, 1].contiguous()
+
+    def call(run, q, bias, factor, written):
+        args = dict(written, bias=bias * 2, factor=factor)
+        more = dict(sinks=sinks, k_scale=0.5, v_scale=scales, return_lse=True)
+        return *run(q * 2, kv, variant_args=args, **more), *(x + 1 for x in written.values())
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for factor in (0.75, 3, 0.5):
+        mine, theirs = ({name: x.clone() for name, x in written.items()} for _ in range(2))
+        assert_equal(compiled(op, q, bias, factor, mine), call(plan.run, q, bias, factor, theirs))
+        assert all(torch.equal(mine[name], x) and x.any() for name, x in theirs.items())
+    given = dict(sinks=sinks, v_scales=scales, variant_tensors=[bias], variant_scalars=[0.5])
+    given |= dict(variant_names=["bias", *written, "factor"])
+    given |= dict(variant_written=list(written.values())) if suffix else {}
+    for name in ("attention", "attention_lse"):
+        torch.library.opcheck(operator(name + suffix).default, (q, kv, None, op.handle), given)
+
+
+@needs_cc
+@pytest.mark.keeps_blocks
+def test_wrong_variant_args(device):
+    variant = CASES["logit"].variant()
+    plan, q, kv = make_decode(device, variant=variant)
+    op, bias = AttentionOp(plan), torch.zeros(8, 33, device=device)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    good, typo = dict(bias=bias, factor=1.0), dict(bais=bias, factor=1.0)
+    for wrong, given, error, message in (
+        (op, typo, ArgumentError, "declares bias, factor; got bais, factor"),
+        (compiled, typo, RuntimeError, "declares bias, factor; got bais, factor"),
+        (op, None, ArgumentError, "declares bias, factor; got nothing"),
+        (op, dict(good, factor=bias), DTypeError, "factor: expected a number, got Tensor"),
+        (op, dict(good, bias=bias.tolist()), DTypeError, "bias: expected a torch tensor, got list"),
+        (op, dict(good, bias=bias.double()), DTypeError, "bias: expected dtype float32"),
+        (op, dict(good, bias=bias.clone().requires_grad_()), UnsupportedError, "no gradient"),
+        (AttentionOp(make_decode(device)[0]), good, ArgumentError, "without a va"),
+    ):
+        with pytest.raises(error, match=message):
+            wrong(q, kv, variant_args=given)
 
 
 def test_result_of_another_dtype(device):
@@ -237,10 +280,9 @@ def block(x, residual, weight, wq, op, positions, table, slots, k_cache, v_cache
 
 def block_arguments(device, op):
     batch = op.plan_lengths
-    scale = 0.05
     return [
         make(device, len(batch), 256), make(device, len(batch), 256, seed=1),
-        make(device, 256, seed=2), make(device, 256, 768, seed=3) * scale, op,
+        make(device, 256, seed=2), make(device, 256, 768, seed=3) * 0.05, op,
         torch.tensor([n - 1 for n in batch], device=device),
         torch.from_dlpack(ops.rope_cos_sin_cache(512, 64, device=device)),
         op.slots.to(device),
@@ -250,15 +292,7 @@ def block_arguments(device, op):
 
 def make_block_op(device, lengths):
     """An AttentionOp over pages of 24, request i's from i * 8 on, and the slots of last tokens."""
-    plan = BatchDecode(
-        page_size=16,
-        dtype="float32" if device == "cpu" else "bfloat16",
-        max_batch=4,
-        max_pages=24,
-        device=device,
-        **HEADS,
-    )
-    op = AttentionOp(plan)
+    op = AttentionOp(BatchDecode(page_size=16, max_batch=4, max_pages=24, **spec_of(device)))
     plan_block(op, lengths)
     return op
 
@@ -278,8 +312,7 @@ def test_compile_whole_layer(device):
         compiled(*copies(block_arguments(device, op)))
     for lengths in ((20, 100, 3), (21, 101, 4), (128, 1, 17)):
         plan_block(op, lengths)  # between calls, as a server does
-        args = block_arguments(device, op)
-        eager, mine = copies(args), copies(args)
+        eager, mine = (block_arguments(device, op) for _ in range(2))
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
             want, got = block(*eager), compiled(*mine)
         assert_equal(got, want)
@@ -293,8 +326,7 @@ def test_compile_with_inductor(device):
     if device == "cpu" and not shutil.which("g++"):
         pytest.skip("needs gcc: there is no g++, which inductor calls")
     op = make_block_op(device, (20, 100, 3))
-    args = block_arguments(device, op)
-    eager, mine = copies(args), copies(args)
+    eager, mine = (block_arguments(device, op) for _ in range(2))
     with torch.no_grad():
         want, got = block(*eager), torch.compile(block, fullgraph=True)(*mine)
     tolerance = 1e-5 if device == "cpu" else 3e-2

@@ -75,17 +75,65 @@ def test_rmsnorm_of_tiny_and_huge_values(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [64, 777, 4096])
+@pytest.mark.parametrize("width", [64, 777, 2001, 4096, 10240])
 def test_fused_add_rmsnorm_is_an_add_and_a_norm(device, rng, dtype, width):
     x, x_value = draw(rng, (6, width), dtype, device)
     residual, residual_value = draw(rng, (6, width), dtype, device, scale=2)
     weight, weight_value = draw(rng, (width,), dtype, device)
     assert ops.fused_add_rmsnorm(x, residual, weight, 1e-5, dtype=dtype) is None
-    total = get(residual, dtype)
+    total = x_value + residual_value
     np.testing.assert_array_equal(
-        total, from_bits(to_bits(np.float32(x_value + residual_value), dtype), dtype)
+        get(residual, dtype), from_bits(to_bits(np.float32(total), dtype), dtype)
     )
     assert_rounded(get(x, dtype), reference.rmsnorm(total, weight_value, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [128, 2001, 10240])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_fused_add_rmsnorm_of_strided_heads(device, rng, dtype, width, in_place):
+    """Long and short rows inside wider ones, the rest of which stays as it was."""
+    n, heads, offset = 3, 2, 16
+    where = slice(offset, offset + heads * width)
+    wide = [to_bits(rng.standard_normal((n, heads * width + 40)), dtype) for _ in range(2)]
+    before = [from_bits(bits, dtype) for bits in wide]
+    rows = [put(bits.copy(), device, dtype) for bits in wide]
+    x, residual = (row[:, where].reshape(n, heads, width) for row in rows)
+    weight, weight_value = draw(rng, (width,), dtype, device)
+    out = x if in_place else put(to_bits(np.zeros((n, heads, width)), dtype), device, dtype)
+    ops.fused_add_rmsnorm(x, residual, weight, out=out, dtype=dtype)
+    total = sum(value[:, where] for value in before)
+    after = [get(row, dtype) for row in rows]
+    np.testing.assert_array_equal(
+        after[1][:, where], from_bits(to_bits(np.float32(total), dtype), dtype)
+    )
+    want = reference.rmsnorm(total.reshape(n, heads, width), weight_value, 1e-6)
+    got = after[0][:, where].reshape(want.shape) if in_place else get(out, dtype)
+    assert_rounded(got, want, dtype)
+    if not in_place:
+        np.testing.assert_array_equal(after[0], before[0])
+    for mine, theirs in zip(after, before, strict=True):
+        np.testing.assert_array_equal(mine[:, :offset], theirs[:, :offset])
+        np.testing.assert_array_equal(mine[:, where.stop :], theirs[:, where.stop :])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("width", [8, 15, 3000, 12288])
+def test_fused_add_rmsnorm_is_of_the_sum_before_it_is_rounded(device, dtype, width):
+    """Every other sum lies half a step above 1, and residual rounds it to 1. The weight leads all
+    results to one side of the middle of 1 and the next number: a norm of rounded sums to the other.
+    """
+    step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    x_value, residual_value = np.zeros((2, width)), np.ones((2, width))
+    x_value[:, ::2] = step / 2
+    x, residual = (put(to_bits(v, dtype), device, dtype) for v in (x_value, residual_value))
+    goal = np.where(np.arange(width) % 2, 1 + 0.4 * step, 1 + 0.6 * step)
+    weight_value = goal / reference.rmsnorm(residual_value[0] + x_value[0], 1, 0)
+    weight = put(np.float32(weight_value), device)
+    ops.fused_add_rmsnorm(x, residual, weight, 0, dtype=dtype)
+    np.testing.assert_array_equal(get(residual, dtype), 1)
+    want = from_bits(to_bits(goal, dtype), dtype)
+    np.testing.assert_array_equal(get(x, dtype), np.broadcast_to(want, (2, width)))
 
 
 # ------------------------------------------------------------------ activations, embedding

@@ -29,7 +29,7 @@ def test_a_draft_like_its_target_is_kept(device, rng):
     counts = [put(np.arange(n, dtype=np.int32), device) for _ in range(2)]
     got = ops.verify_draft(
         put(draft / draft.sum(-1, keepdims=True), device),
-        put(ids[:, :steps], device),
+        put(np.ascontiguousarray(ids[:, :steps]), device),
         put(target, device),
         accepted=counts[0],
         emitted=counts[1],

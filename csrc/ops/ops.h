@@ -20,9 +20,10 @@
  * dimensions that strides join to at most two levels; out may be x. */
 typedef struct raddle_ops_norm_args {
     const raddle_tensor *x;
-    const raddle_tensor *residual; /* or NULL: residual += x first (rounded to its dtype), and the
-                                      norm is of that */
-    const raddle_tensor *weight;   /* [d], of x's dtype or float32 */
+    const raddle_tensor
+        *residual;               /* or NULL; the norm is of x + residual in float32, which residual
+                                      gets, rounded to its dtype */
+    const raddle_tensor *weight; /* [d], of x's dtype or float32 */
     const raddle_tensor *bias; /* [d], of weight's dtype: a layer norm, (x - mean) over the standard
                                       deviation, + bias; NULL: x over its root mean square */
     const raddle_tensor *out;  /* of x's dtype, or float8: then of the result over scale */

@@ -10,8 +10,8 @@
 
 #include "ops/ops_bits.h"
 
-/* out = x * rsqrt(mean(x^2) + eps) * (weight + weight_offset); with a residual: residual += x first,
- * and the norm is of that. Centred (a layer norm): of x - mean(x), and + bias. An 8-bit float out is
+/* out = x * rsqrt(mean(x^2) + eps) * (weight + weight_offset); with a residual: of x + residual in
+ * float32, which residual gets, rounded. Centred (a layer norm): of x - mean(x), and + bias. An 8-bit float out is
  * of the result divided by the scale. */
 typedef struct raddle_ops_norm_params {
     void *x;            /* [rows, heads, width] */

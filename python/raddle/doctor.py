@@ -9,6 +9,8 @@ others still run.
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ def report():
     rows += _guard("torch", _check_torch)
     rows += _guard("cpu", _check_cpu)
     rows += _guard("cpu attention", _check_cpu_attention)
+    rows += _guard("cc", _check_cc)
     driver = _guard("driver", _check_driver)
     rows += driver
     gpus = _find_gpus() if driver[0]["state"] == "ok" else []
@@ -165,6 +168,33 @@ def _check_cpu_attention():
     if error < TOLERANCE:
         return _row("cpu attention", "ok", value)
     return _row("cpu attention", "broken", value, "try RADDLE_ISA=generic, and report this")
+
+
+def _check_cc():
+    """A library like those that variants become, made by the compiler that variants are given."""
+    command = os.environ.get("CC", "").split() or ["cc"]
+    cure = "apt install gcc, dnf install gcc, apk add gcc musl-dev; or name a compiler in CC"
+    found = shutil.which(command[0])
+    if found is None:
+        value = f"no {command[0]}: user variants cannot run on the CPU"
+        return _row("cc", "absent", value, cure)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["-std=c11", "-shared", "-fPIC", "-x", "c", "-", "-lm"]
+        done = subprocess.run(
+            [found, *command[1:], *flags, "-o", os.path.join(folder, "probe.so")],
+            input="#include <math.h>\nfloat probe(float x) { return tanhf(x); }\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "LC_ALL": "C", "LANGUAGE": ""},
+        )
+    if done.returncode == 0:
+        path = os.path.realpath(found)
+        return _row("cc", "ok", f"{path}, compiles user variants for the CPU")
+    lines = done.stderr.splitlines() or [f"status {done.returncode}"]
+    words = next((line for line in lines if "error" in line), lines[0])
+    value = f"{found}: user variants cannot run on the CPU: {words}"
+    return _row("cc", "limited", value, cure)
 
 
 # -- GPU ----------------------------------------------------------------------------------------

@@ -79,11 +79,10 @@ def fused_add_rmsnorm(
     dtype=None,
     stream=None,
 ):
-    """residual += x, then out = rmsnorm(residual, weight, eps); without out, x takes the result.
+    """out = rmsnorm(x + residual, weight, eps) and residual += x; without out, x takes the result.
 
-    x and residual [.., d] of one dtype, in different memory. The norm is of the sum as it was
-    rounded into residual: the same as the two steps one after the other. weight_offset, out and
-    scale as in rmsnorm.
+    x and residual [.., d] of one dtype, in different memory. The norm is of the float32 sum;
+    residual gets that sum rounded to its dtype. weight_offset, out and scale as in rmsnorm.
     """
     out = x if out is None else out
     _core.ops_norm(x, residual, weight, None, eps, weight_offset, scale, out, dtype, stream)

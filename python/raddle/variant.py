@@ -45,16 +45,13 @@ class Variant:
     """
 
     def __init__(self, name, source, *, tensors=(), scalars=(), softmax=True, filename=None):
-        self.core = _core.AttentionVariant(
-            name,
-            source,
-            filename,
-            not softmax,
-            tuple(_declaration(one) for one in tensors),
-            tuple(_declaration(one) for one in scalars),
-        )
         self.name = name
         self.source = source
+        self.tensors = tuple(_declaration(one) for one in tensors)  # (name, dtype, is_written)
+        self.scalars = tuple(_declaration(one) for one in scalars)
+        self.core = _core.AttentionVariant(
+            name, source, filename, not softmax, self.tensors, self.scalars
+        )
 
 
 def _declaration(one):

@@ -38,15 +38,18 @@ def rmsnorm_quant(out, input, weight, scale, eps=1e-6, enable_pdl=None):
 
 
 def fused_add_rmsnorm(input, residual, weight, eps=1e-6, enable_pdl=None):
-    """residual += input, then input = rmsnorm(residual); both in place.
+    """input = rmsnorm(input + residual) and residual += input; both in place.
 
-    The norm is of the sum as it was rounded into residual.
+    The norm is of the float32 sum; residual gets that sum rounded to its dtype.
     """
     ops.fused_add_rmsnorm(input, residual, weight, eps)
 
 
 def fused_add_rmsnorm_quant(out, input, residual, weight, scale, eps=1e-6, enable_pdl=None):
-    """residual += input in place, then out = rmsnorm(residual) / scale; see rmsnorm_quant."""
+    """out = rmsnorm(input + residual) / scale and residual += input in place.
+
+    The sum is as in fused_add_rmsnorm; out and scale are as in rmsnorm_quant.
+    """
     ops.fused_add_rmsnorm(input, residual, weight, eps, out=out, scale=scale)
 
 

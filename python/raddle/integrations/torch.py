@@ -12,9 +12,13 @@ that need one. Results are contiguous.
     plan.plan(...); layer(q, cache)    # plan between calls, as between the replays of a graph
 
 A plan is state outside the graph: the operator is told which by a number, and runs whatever batch
-was planned last.
+was planned last. A plan with a variant of one's own takes its arguments as run() does:
+
+    op = AttentionOp(plan, variant=capped)
+    op(q, cache, variant_args=dict(bias=bias, cap=30.0))
 
     attention, attention_lse           a planned batch; see AttentionOp
+    attention_writing, attention_lse_writing   by a variant with a hook that writes into tensors
     merge_state, merge_states          states of the same queries over disjoint keys
     append_slots, append_paged_kv_cache   into k_cache (and v_cache, None for a cache in one tensor)
     rmsnorm, layernorm, fused_add_rmsnorm, silu_and_mul, gelu_and_mul, gelu_tanh_and_mul
@@ -24,142 +28,21 @@ was planned last.
 Eager code is faster by raddle's functions themselves, which know nothing of a dispatcher.
 """
 
-import itertools
-import weakref
-
 import torch
 
 from .. import attention as _attention
 from .. import ops as _ops
-from ..errors import StateError, UnsupportedError
+from .torch_attention import AttentionOp
+from .torch_library import define, nothing
 
 __all__ = ["AttentionOp"]
-
-_library = torch.library.Library("raddle", "FRAGMENT")
-_plans = weakref.WeakValueDictionary()  # number -> plan; its AttentionOp keeps it alive
-_numbers = itertools.count(1)
-
-
-class AttentionOp:
-    """A planned attention object as an operator of torch.
-
-    plan: BatchDecode, BatchPrefill or BatchRaggedPrefill, planned before each call; its number
-    `handle` is good for as long as this object lives. out_dtype: the plan's o_dtype where it is not
-    that of q. Variants that take arguments cannot be called so.
-    """
-
-    def __init__(self, plan, out_dtype=None):
-        self.plan = plan
-        self.out_dtype = out_dtype
-        self.handle = next(_numbers)
-        _plans[self.handle] = plan
-
-    def __call__(self, q, kv_cache, *, sinks=None, k_scale=None, v_scale=None, return_lse=False):
-        """run() of the plan: kv_cache is one tensor or a pair (k, v), that of a ragged plan too;
-        out, or (out, lse) with return_lse. Raises what run() raises."""
-        k, v = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
-        number, tensors = {}, {}
-        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-            if isinstance(scale, torch.Tensor):
-                tensors[name + "s"] = scale
-            elif scale is not None:
-                number[name] = float(scale)
-        run = torch.ops.raddle.attention_lse if return_lse else torch.ops.raddle.attention
-        return run(q, k, v, self.handle, sinks=sinks, out_dtype=self.out_dtype, **number, **tensors)
-
-
-def _find_plan(handle):
-    plan = _plans.get(handle)
-    if plan is None:
-        raise StateError(f"plan: there is no plan {handle}; its AttentionOp is gone")
-    return plan
-
-
-# ------------------------------------------------------------------ definitions
-
-
-def _define(schema, make, run):
-    """Defines an operator. make(*arguments) gives the results, empty: a tensor, a tuple, or None
-    for an operator that writes into its arguments. run(results, *arguments) fills them."""
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    op = getattr(torch.ops.raddle, name)
-
-    def forward(*args, **kwargs):
-        out = make(*args, **kwargs)
-        run(out, *args, **kwargs)
-        return out
-
-    def refuse_gradient(*args, **kwargs):
-        given = itertools.chain(args, kwargs.values())
-        if torch.is_grad_enabled() and any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in given
-        ):
-            raise UnsupportedError(
-                f"raddle::{name} has no gradient: call it under torch.no_grad() or "
-                "torch.inference_mode(), or detach its inputs"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
-
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, forward, key)
-    _library.impl(name, refuse_gradient, "Autograd")
-    torch.library.register_fake(f"raddle::{name}", make, lib=_library)
-
-
-def _nothing(*_args, **_kwargs):
-    return None
 
 
 def _like_first(x, *_args, **_kwargs):
     return x.new_empty(x.shape)
 
 
-# ------------------------------------------------------------------ attention
-
-_ATTENTION = (
-    "Tensor q, Tensor k, Tensor? v, SymInt plan, *, Tensor? sinks=None, float k_scale=1.0, "
-    "float v_scale=1.0, Tensor? k_scales=None, Tensor? v_scales=None, ScalarType? out_dtype=None"
-)
-
-
-def _make_attention(q, k, v, plan, *, out_dtype=None, **_kwargs):
-    dim = (k if v is None else v).shape[-1]
-    return q.new_empty((*q.shape[:2], dim), dtype=out_dtype or q.dtype)
-
-
-def _make_attention_lse(q, k, v, plan, **kwargs):
-    out = _make_attention(q, k, v, plan, **kwargs)
-    return out, q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
-def _run_attention(
-    results, q, k, v, plan, *, sinks=None, k_scale=1.0, v_scale=1.0, k_scales=None, v_scales=None,
-    out_dtype=None,
-):  # fmt: skip
-    out, lse = results if isinstance(results, tuple) else (results, None)
-    _find_plan(plan)._plan.run(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        lse is not None,
-        None,
-        sinks,
-        _scale(k_scale, k_scales),
-        _scale(v_scale, v_scales),
-        None,
-    )
-
-
-def _scale(number, tensor):
-    return tensor if tensor is not None else None if number == 1.0 else number
-
-
-_define(f"attention({_ATTENTION}) -> Tensor", _make_attention, _run_attention)
-_define(f"attention_lse({_ATTENTION}) -> (Tensor, Tensor)", _make_attention_lse, _run_attention)
+# ------------------------------------------------------------------ states and the cache
 
 
 def _make_state(v_a, s_a, *_args, **_kwargs):
@@ -171,7 +54,7 @@ def _make_merged(v, s, *_args, **_kwargs):
     return v.new_empty(shape), s.new_empty(shape[:-1])
 
 
-_define(
+define(
     "merge_state(Tensor v_a, Tensor s_a, Tensor v_b, Tensor s_b, str lse_base='2') -> "
     "(Tensor, Tensor)",
     _make_state,
@@ -179,7 +62,7 @@ _define(
         v_a, s_a, v_b, s_b, v_out=out[0], s_out=out[1], lse_base=lse_base
     ),
 )
-_define(
+define(
     "merge_states(Tensor v, Tensor s, str lse_base='2') -> (Tensor, Tensor)",
     _make_merged,
     lambda out, v, s, lse_base="2": _attention.merge_states(
@@ -192,10 +75,10 @@ def _join_cache(k_cache, v_cache):
     return k_cache if v_cache is None else (k_cache, v_cache)
 
 
-_define(
+define(
     "append_slots(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) k_cache, "
     "Tensor(b!)? v_cache=None, str kv_layout='NHD') -> ()",
-    _nothing,
+    nothing,
     lambda _, k, v, slot_mapping, k_cache, v_cache=None, kv_layout="NHD": _attention.append_slots(
         k, v, slot_mapping, _join_cache(k_cache, v_cache), kv_layout=kv_layout
     ),
@@ -218,32 +101,32 @@ def _append_paged(
     )
 
 
-_define(
+define(
     "append_paged_kv_cache(Tensor append_key, Tensor append_value, Tensor batch_indices, "
     "Tensor positions, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor kv_indices, "
     "Tensor kv_indptr, str kv_layout='NHD') -> ()",
-    _nothing,
+    nothing,
     _append_paged,
 )
 
 # ------------------------------------------------------------------ norms and activations
 
-_define(
+define(
     "rmsnorm(Tensor x, Tensor weight, float eps=1e-06, float weight_offset=0.0) -> Tensor",
     _like_first,
     lambda out, x, weight, eps=1e-6, weight_offset=0.0: _ops.rmsnorm(
         x, weight, eps, weight_offset=weight_offset, out=out
     ),
 )
-_define(
+define(
     "layernorm(Tensor x, Tensor weight, Tensor bias, float eps=1e-06) -> Tensor",
     _like_first,
     lambda out, x, weight, bias, eps=1e-6: _ops.layernorm(x, weight, bias, eps, out=out),
 )
-_define(
+define(
     "fused_add_rmsnorm(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps=1e-06, "
     "float weight_offset=0.0) -> ()",
-    _nothing,
+    nothing,
     lambda _, x, residual, weight, eps=1e-6, weight_offset=0.0: _ops.fused_add_rmsnorm(
         x, residual, weight, eps, weight_offset=weight_offset
     ),
@@ -254,13 +137,9 @@ def _make_half(x):
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-_define(
-    "silu_and_mul(Tensor x) -> Tensor", _make_half, lambda out, x: _ops.silu_and_mul(x, out=out)
-)
-_define(
-    "gelu_and_mul(Tensor x) -> Tensor", _make_half, lambda out, x: _ops.gelu_and_mul(x, out=out)
-)
-_define(
+define("silu_and_mul(Tensor x) -> Tensor", _make_half, lambda out, x: _ops.silu_and_mul(x, out=out))
+define("gelu_and_mul(Tensor x) -> Tensor", _make_half, lambda out, x: _ops.gelu_and_mul(x, out=out))
+define(
     "gelu_tanh_and_mul(Tensor x) -> Tensor",
     _make_half,
     lambda out, x: _ops.gelu_tanh_and_mul(x, out=out),
@@ -275,16 +154,16 @@ def _make_rotated(q, k, *_args, **_kwargs):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-_define(
+define(
     f"rope(Tensor q, Tensor k, {_ROPE}) -> (Tensor, Tensor)",
     _make_rotated,
     lambda out, q, k, positions, cos_sin_cache, interleave=False: _ops.apply_rope(
         q, k, positions, cos_sin_cache, interleave=interleave, q_out=out[0], k_out=out[1]
     ),
 )
-_define(
+define(
     f"apply_rope(Tensor(a!) q, Tensor(b!)? k, {_ROPE}) -> ()",
-    _nothing,
+    nothing,
     lambda _, q, k, positions, cos_sin_cache, interleave=False: _ops.apply_rope(
         q, k, positions, cos_sin_cache, interleave=interleave
     ),
@@ -319,12 +198,12 @@ def _run_logprobs(out, logits, ids, top=0):
         mine.copy_(theirs)
 
 
-_define(
+define(
     "embedding(Tensor ids, Tensor table) -> Tensor",
     _make_rows,
     lambda out, ids, table: _ops.embedding(ids, table, out=out),
 )
-_define(
+define(
     "softmax(Tensor logits, float temperature=1.0) -> Tensor",
     _make_probabilities,
     lambda out, logits, temperature=1.0: _ops.softmax(logits, temperature=temperature, out=out),
@@ -333,14 +212,14 @@ _define(
 _SETTINGS = ", ".join(
     f"Tensor? {name}=None" for name in ("temperature", "top_k", "top_p", "min_p", "seed", "offset")
 )
-_define(
+define(
     f"sample(Tensor logits, *, {_SETTINGS}) -> Tensor",
     _make_ids,
     lambda out, logits, **settings: _ops.sample(
         logits, out=out, **{name: x for name, x in settings.items() if x is not None}
     ),
 )
-_define(
+define(
     "token_logprobs(Tensor logits, Tensor ids, int top=0) -> (Tensor, Tensor, Tensor)",
     _make_logprobs,
     _run_logprobs,
