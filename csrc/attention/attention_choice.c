@@ -157,6 +157,11 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
         shape->ctas_per_sm = is_small && is_plain && is_whole && shape->row_tiles == 1 ? 2 : 1;
         return true;
     }
+    if (!only_decode(config) && !each_logit(config) && 2 * tile + out <= DECODE_REGISTERS) {
+        shape->stages = 2;
+        shape->q_in_shared = true;
+        return true;
+    }
     shape->stages = 1;
     const bool v_late = has_pairs(config) || each_logit(config); /* as in the kernel */
     const int32_t held = v_late ? 8 * k_chunks : tile;

@@ -36,8 +36,9 @@ constexpr bool PREFETCH =
 constexpr bool V_LATE =
     STAGES == 1 && (PAIRS || EACH_LOGIT); /* V is loaded when K is used up: hooks need registers */
 /* Pairs of tiles that are followed by another are computed without asking: 64 x 4096 takes 242 us on
- * an H200, 245 without. */
-constexpr bool WHOLE_PAIRS = RADDLE_CTAS_PER_SM == 1 && ROW_TILES == 1 && HEAD_DIM_QK >= 128;
+ * an H200, 245 without. It takes a quarter longer to compile, which variants do without. */
+constexpr bool WHOLE_PAIRS =
+    RADDLE_CTAS_PER_SM == 1 && ROW_TILES == 1 && HEAD_DIM_QK >= 128 && !EACH_LOGIT && !PAIRS;
 constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 
 /* Notes down the piece that starts at token begin of a segment, and what this lane needs to read
