@@ -106,9 +106,27 @@ def check_variant(rng, kv_dtype, spec, run):
         plan.run(q, put(cache, kv_dtype), **run)
 
 
+def check_widths(rng):
+    """Items of 1 to 8 heads, some of them cut; planned on the host, and on the GPU."""
+    heads = dict(num_qo_heads=16, num_kv_heads=8, head_dim=64)
+    for workers, lens in ((0, [900, 3]), (4, [100, 0, 90, 17]), (3, [300, 200])):
+        batch = Batch(rng, lens, **heads)
+        plan = BatchDecode(
+            page_size=16, max_batch=4, max_pages=80, max_ctas=workers, device="cuda", **heads
+        )
+        table = (batch.indptr, batch.indices, batch.last_page_len)
+        for on_device in (False, True):
+            given = [put(x) for x in table] if on_device else table
+            plan.plan(*given, on_device=on_device)
+            out = plan.run(put(batch.q, "bfloat16"), put(batch.kv_cache, "bfloat16"))
+            got = from_bits(out.to("cpu").numpy(), "bfloat16")
+            assert_close(got, batch.expected()[0], "bfloat16")
+
+
 def main():
     rng = np.random.default_rng(0)
     check_variants(rng)
+    check_widths(rng)
     for head_dim in (64, 80, 128, 256):
         check_attention(rng, head_dim=head_dim)
         check_attention(rng, head_dim=head_dim, qo_lens=[2, 1, 5, 70])

@@ -111,7 +111,8 @@ def test_continuous_batching(models, device, name, their_paging, monkeypatch):
     got = generate_batch(model, prompts)
     disable(model)
     assert_same_text(model, prompts, want, got)
-    # K and V stay in the cache; planned once per step and kind of layer, not for each layer.
+    # K and V stay in the cache; planned once per step and kind of layer, not for each layer (but
+    # anew when the thread that prepares the next step writes to the offsets of this one).
     kinds = 2 if name in WINDOWS and name != "mistral" else 1
-    assert len(plans) <= kinds * len(steps)
+    assert len(plans) <= kinds * len(steps) + 2
     assert (len(runs) > 0) == (name != "mistral")
