@@ -73,7 +73,7 @@ class _BatchAttention:
         **spec,
     ):
         if sm_scale == 0:
-            raise ArgumentError("sm_scale: expected a positive number; None is 1/sqrt(head_dim)")
+            raise ArgumentError("sm_scale: expected a positive number, None for 1/sqrt(head_dim)")
         self.variant = variant
         self._plan = _core.AttentionPlan(
             head_dim_vo=head_dim_vo or 0,
