@@ -127,7 +127,8 @@ typedef struct raddle_attention_run_params {
 
 /* One back end. Both are complete; what a GPU plans itself is attention_device_plan.c's. */
 typedef struct raddle_attention_ops {
-    /* Chooses the config from tile_rows on; compiles what run() will launch. RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
+    /* Chooses the config from tile_rows on; compiles what run() will launch.
+     * RADDLE_ERR_UNSUPPORTED with every reason when it cannot. */
     raddle_status (*prepare)(raddle_attention_plan *plan);
     raddle_status (*run)(raddle_attention_plan *plan, const raddle_attention_run_params *params,
                          raddle_stream stream);

@@ -1,0 +1,115 @@
+/* blend.h - the offline scheduler: requests, the tree of their shared prefixes, what steps cost, and
+ * what no order can beat. No device code, no Python.
+ *
+ * Words. A block is block_size tokens of a prompt; requests share a prefix of as many blocks as are
+ * equal from the first on. What is left of a prompt behind its last full block is the request's own.
+ */
+#ifndef RADDLE_BLEND_BLEND_H
+#define RADDLE_BLEND_BLEND_H
+
+#include <stdint.h>
+
+#include "base/status.h"
+
+/* ------------------------------------------------------------------ requests */
+
+enum { RADDLE_BLEND_UNKNOWN = -1 };
+
+typedef struct raddle_blend_request {
+    int64_t first_block;   /* of the store's block ids */
+    int32_t num_blocks;    /* full ones */
+    int32_t prompt_tokens; /* at least num_blocks * block_size */
+    int32_t output_tokens; /* or RADDLE_BLEND_UNKNOWN */
+    int32_t max_tokens;    /* that may be generated, at least 1 */
+    int32_t group;         /* where the request comes from, from 0 on */
+    float weight;          /* the user's */
+} raddle_blend_request;
+
+typedef struct raddle_blend_store {
+    int32_t block_size, num_groups;
+    int64_t num_requests, request_capacity;
+    int64_t num_blocks, block_capacity;
+    raddle_blend_request *requests;
+    uint64_t *blocks; /* ids of all requests, one after the other */
+} raddle_blend_store;
+
+void raddle_blend_store_init(raddle_blend_store *store, int32_t block_size);
+void raddle_blend_store_fini(raddle_blend_store *store);
+/* Appends a request; first_block is filled in. blocks: an id for each full block, equal where the
+ * blocks are; ids need not tell prefixes apart. RADDLE_ERR_VALUE names what is wrong. */
+raddle_status raddle_blend_store_add(raddle_blend_store *store, const raddle_blend_request *request,
+                                     const uint64_t *blocks);
+/* The same from the prompt's tokens: num_blocks follows, ids are hashes of the blocks. */
+raddle_status raddle_blend_store_add_tokens(raddle_blend_store *store,
+                                            const raddle_blend_request *request,
+                                            const int32_t *tokens);
+
+/* ------------------------------------------------------------------ the tree of prefixes */
+
+/* A run of blocks that the same requests share. Nodes lie in preorder, the root (no blocks) first,
+ * siblings in the order in which their first requests came; a subtree is a range of nodes, and of
+ * requests in `order`, the node's own first. */
+typedef struct raddle_blend_node {
+    int32_t parent; /* -1: the root */
+    int32_t end;    /* behind the last node of the subtree */
+    int32_t depth;  /* blocks from the root to this node's end */
+    int32_t request_begin, request_end;
+} raddle_blend_node;
+
+typedef struct raddle_blend_trie {
+    int32_t num_nodes, num_requests;
+    raddle_blend_node *nodes;
+    int32_t *order;          /* requests depth first */
+    int32_t *node_of;        /* [num_requests] in the same order: where each ends */
+    int64_t distinct_blocks; /* what is left to compute when nothing is computed twice */
+} raddle_blend_trie;
+
+/* Compresses chains while it builds: time follows the blocks, memory the requests. */
+raddle_status raddle_blend_trie_build(const raddle_blend_store *store, raddle_blend_trie *out_trie);
+void raddle_blend_trie_fini(raddle_blend_trie *trie);
+
+/* ------------------------------------------------------------------ what a step costs */
+
+enum { RADDLE_BLEND_MAX_RATES = 16 };
+
+/* A model on a machine. Rates are what is reached, not what is printed on the box. */
+typedef struct raddle_blend_cost {
+    double flops_per_token; /* of the GEMMs: two per active parameter */
+    double flops_per_score; /* of prefill attention, per query and key: 4 x heads x dim x layers */
+    double kv_bytes_per_token;   /* of all layers */
+    double weight_bytes;         /* that a step reads */
+    double attention_flops_rate; /* per second */
+    double read_rate;            /* bytes per second */
+    double overhead;             /* seconds of a step besides */
+    double
+        alpha; /* of the shorter of computing and reading, the share that is not hidden: 0 to 1 */
+    int32_t num_rates; /* FLOP/s of GEMMs by tokens, ascending; between them, linear */
+    double rate_tokens[RADDLE_BLEND_MAX_RATES], gemm_rate[RADDLE_BLEND_MAX_RATES];
+} raddle_blend_cost;
+
+/* What one step, or many, do. */
+typedef struct raddle_blend_work {
+    double tokens; /* through the GEMMs */
+    double scores; /* query-key pairs of prefill attention */
+    double reads;  /* tokens of K and V that decode attention reads */
+} raddle_blend_work;
+
+raddle_status raddle_blend_cost_check(const raddle_blend_cost *cost);
+double raddle_blend_compute_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
+double raddle_blend_read_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
+/* (1 - alpha) max(c, m) + alpha (c + m) + overhead: convex in the work, so that no order of the same
+ * work takes less time than equal steps. */
+double raddle_blend_step_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
+
+/* Of one request: tokens [cached, prompt) are computed, then output tokens are generated. */
+raddle_blend_work raddle_blend_request_work(int64_t prompt, int64_t cached, int64_t output);
+
+/* The least time in which any order does `work`: the best number of equal steps, of which no fewer
+ * than `pool` tokens of K and V and `step_tokens` of a step allow, and no fewer than the longest
+ * output takes. After the fluid bound of BlendServe (arXiv 2411.16102), which has no weights, no
+ * capacity and no tail. out_steps may be NULL. */
+double raddle_blend_bound_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
+                                  double pool, double step_tokens, double longest_output,
+                                  double *out_steps);
+
+#endif
