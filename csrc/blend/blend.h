@@ -7,6 +7,7 @@
 #ifndef RADDLE_BLEND_BLEND_H
 #define RADDLE_BLEND_BLEND_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/status.h"
@@ -67,6 +68,40 @@ typedef struct raddle_blend_trie {
 /* Compresses chains while it builds: time follows the blocks, memory the requests. */
 raddle_status raddle_blend_trie_build(const raddle_blend_store *store, raddle_blend_trie *out_trie);
 void raddle_blend_trie_fini(raddle_blend_trie *trie);
+
+/* ------------------------------------------------------------------ the pool of K and V */
+
+/* What lies in memory, in tokens: shared nodes once each while they are resident, and what requests
+ * have for themselves (the ends of their prompts, what they generated). A node stays when the last
+ * request that reads it leaves, for as long as one that waits will read it and nobody needs the room;
+ * then the least recently used goes first, children before their parents (which count as used when
+ * their last child goes). */
+typedef struct raddle_blend_pool {
+    const raddle_blend_trie *trie;
+    int32_t block_size;
+    int64_t capacity, shared_tokens, own_tokens;
+    int64_t evictable_tokens; /* of shared_tokens: resident and read by no running request */
+    int64_t hit_tokens;       /* that were found in all acquisitions */
+    struct raddle_blend_residence *nodes; /* [num_nodes] */
+    int32_t oldest, newest; /* evictable nodes without resident children, by last use */
+} raddle_blend_pool;
+
+raddle_status raddle_blend_pool_init(raddle_blend_pool *pool, const raddle_blend_trie *trie,
+                                     int32_t block_size, int64_t capacity);
+void raddle_blend_pool_fini(raddle_blend_pool *pool);
+/* Tokens of a node's path that are resident. */
+int64_t raddle_blend_pool_cached(const raddle_blend_pool *pool, int32_t node);
+/* Room there is: nobody reads it, or it is free. */
+int64_t raddle_blend_pool_room(const raddle_blend_pool *pool);
+/* A waiting request that ends at node begins to run with own tokens of its own: its path becomes
+ * resident. False, and nothing happens, when there is no room. out_cached: what was resident. */
+bool raddle_blend_pool_acquire(raddle_blend_pool *pool, int32_t node, int64_t own,
+                               int64_t *out_cached);
+/* Running requests need more (less, if negative) for themselves. False as above. */
+bool raddle_blend_pool_grow(raddle_blend_pool *pool, int64_t own);
+/* A running request ends, or with waits_again steps back to wait. */
+void raddle_blend_pool_release(raddle_blend_pool *pool, int32_t node, int64_t own,
+                               bool waits_again);
 
 /* ------------------------------------------------------------------ what a step costs */
 
