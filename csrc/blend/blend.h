@@ -139,12 +139,75 @@ double raddle_blend_step_seconds(const raddle_blend_cost *cost, const raddle_ble
 /* Of one request: tokens [cached, prompt) are computed, then output tokens are generated. */
 raddle_blend_work raddle_blend_request_work(int64_t prompt, int64_t cached, int64_t output);
 
-/* The least time in which any order does `work`: the best number of equal steps, of which no fewer
- * than `pool` tokens of K and V and `step_tokens` of a step allow, and no fewer than the longest
- * output takes. After the fluid bound of BlendServe (arXiv 2411.16102), which has no weights, no
- * capacity and no tail. out_steps may be NULL. */
+/* The least time in which any order does `work` in at least least_steps steps: the best number of
+ * equal ones. What asks for steps: the longest output, tokens in a step, and memory: tokens that no
+ * two requests share, times the steps that they stay, over the pool. After the fluid bound of
+ * BlendServe (arXiv 2411.16102), which has no weights, no capacity and no tail. out_steps may be NULL.
+ */
 double raddle_blend_bound_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
-                                  double pool, double step_tokens, double longest_output,
-                                  double *out_steps);
+                                  double least_steps, double *out_steps);
+
+/* ------------------------------------------------------------------ the peak that is to come */
+
+/* Tokens that running requests will have for themselves, step by step until they end: each holds
+ * base + step, until its expected last step. Buckets of steps, so that an answer takes as long with
+ * ten requests as with ten thousand. */
+enum { RADDLE_BLEND_BUCKET = 64 }; /* steps */
+
+typedef struct raddle_blend_forecast {
+    int64_t now;         /* the step at hand */
+    int32_t num_buckets; /* a power of two; bucket b holds ends in [64 b, 64 b + 64), modulo that */
+    int32_t last;        /* buckets from now's on that may hold something */
+    int64_t *counts, *bases;
+} raddle_blend_forecast;
+
+/* longest: the most steps that a request runs. */
+raddle_status raddle_blend_forecast_init(raddle_blend_forecast *forecast, int64_t longest);
+void raddle_blend_forecast_fini(raddle_blend_forecast *forecast);
+/* Time passes; what was expected to end before, and did not, is moved to the bucket at hand. */
+void raddle_blend_forecast_advance(raddle_blend_forecast *forecast, int64_t now);
+/* Requests come and go: count of 1 or -1. end: the bucket's step that it was added with. */
+void raddle_blend_forecast_add(raddle_blend_forecast *forecast, int64_t base, int64_t end,
+                               int32_t count);
+/* The most tokens at once from now on, with one more request that holds base + step until end. */
+int64_t raddle_blend_forecast_peak(const raddle_blend_forecast *forecast, int64_t base,
+                                   int64_t end);
+
+/* ------------------------------------------------------------------ orders, and what they take */
+
+/* Requests in the order of a policy; seed is for RANDOM alone. */
+typedef enum raddle_blend_policy {
+    RADDLE_BLEND_FCFS,   /* as they came */
+    RADDLE_BLEND_RANDOM, /* no prefix order, an even mix */
+    RADDLE_BLEND_DFS,    /* depth first through the tree: all sharing there is */
+} raddle_blend_policy;
+
+void raddle_blend_order(const raddle_blend_trie *trie, raddle_blend_policy policy, uint64_t seed,
+                        int32_t *order);
+
+typedef struct raddle_blend_limits {
+    int64_t pool_tokens; /* of K and V */
+    int32_t step_tokens; /* through the GEMMs of a step */
+} raddle_blend_limits;
+
+typedef struct raddle_blend_result {
+    double seconds, bound_seconds; /* of the run; that no order beats */
+    int64_t steps, preemptions;
+    int64_t prompt_tokens, output_tokens; /* of all requests */
+    int64_t hit_tokens;                   /* of prompts, that were not computed again */
+    int64_t computed_tokens;              /* through the GEMMs */
+    int64_t recomputed_tokens;            /* of them, after preemptions */
+    int64_t peak_tokens;                  /* of K and V */
+} raddle_blend_result;
+
+/* Runs the requests in an order behind a virtual clock: decodes come first in a step, chunks of
+ * prompts fill it, a request is admitted when its peak fits, as far as output lengths are known:
+ * expected [num_requests] is what is thought of them, NULL: the truth. When the pool overflows, the
+ * newest steps back and is computed again. RADDLE_ERR_VALUE names a request whose true length is
+ * unknown, or that is too large for the pool alone. */
+raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                                    const raddle_blend_cost *cost,
+                                    const raddle_blend_limits *limits, const int32_t *order,
+                                    const int32_t *expected, raddle_blend_result *out_result);
 
 #endif

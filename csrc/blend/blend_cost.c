@@ -127,10 +127,8 @@ static double equal_steps_seconds(const raddle_blend_cost *cost, const raddle_bl
 }
 
 double raddle_blend_bound_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
-                                  double pool, double step_tokens, double longest_output,
-                                  double *out_steps) {
-    double low = fmax(fmax(work->reads / pool, work->tokens / step_tokens), longest_output);
-    low = fmax(low, 1);
+                                  double least_steps, double *out_steps) {
+    double low = fmax(least_steps, 1);
     /* Where more steps help (GEMMs of fewer tokens at a better rate) there is one lowest point: the
      * time is convex in the number of steps, as the perspective of a convex function. */
     double high = fmax(2 * low, work->tokens);

@@ -1,0 +1,253 @@
+// needs: base/status.c base/alloc.c base/hash.c blend/*.c
+/* test_blend_simulate.c - runs behind the virtual clock keep every token, stay in the pool, and take no
+ * less than the bound; forecasts against adding up each request. */
+#include <math.h>
+
+#include "check.h"
+
+#include "base/alloc.h"
+#include "blend/blend.h"
+
+enum { BLOCK = 8 };
+
+static uint64_t random_state = 21;
+
+static int32_t random_below(int32_t limit) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return (int32_t)((random_state >> 33) % (uint64_t)limit);
+}
+
+static raddle_blend_cost model(double alpha, double weight_bytes) {
+    return (raddle_blend_cost){
+        .flops_per_token = 16e9,
+        .flops_per_score = 500e3,
+        .kv_bytes_per_token = 131072,
+        .weight_bytes = weight_bytes,
+        .attention_flops_rate = 200e12,
+        .read_rate = 1.7e12,
+        .alpha = alpha,
+        .num_rates = 1,
+        .rate_tokens = {1},
+        .gemm_rate = {220e12},
+    };
+}
+
+/* sharing: of ten prompts, how many begin like others. */
+static void fill(raddle_blend_store *store, int32_t requests, int32_t sharing) {
+    raddle_blend_store_init(store, BLOCK);
+    for (int32_t i = 0; i < requests; i++) {
+        uint64_t blocks[30];
+        const int32_t count = random_below(31);
+        const bool shares = random_below(10) < sharing;
+        for (int32_t k = 0; k < count; k++) {
+            blocks[k] = shares && k < 20 ? (uint64_t)random_below(k < 10 ? 1 : 3)
+                                         : (uint64_t)(i * 100 + k + 10);
+        }
+        const int32_t output = 1 + random_below(random_below(8) == 0 ? 400 : 40);
+        const raddle_blend_request request = {
+            .num_blocks = count,
+            .prompt_tokens = count * BLOCK + (count == 0) + random_below(BLOCK),
+            .output_tokens = output,
+            .max_tokens = output,
+            .weight = 1.0f,
+        };
+        CHECK_OK(raddle_blend_store_add(store, &request, blocks));
+    }
+}
+
+/* Without overlap and weights a run takes the time of its work, however it is cut into steps: that
+ * of the requests, less what was found. */
+static int64_t check_conservation(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                                  const raddle_blend_limits *limits, const int32_t *order,
+                                  const int32_t *expected) {
+    const raddle_blend_cost sum = model(1.0, 0.0);
+    raddle_blend_result result;
+    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, order, expected, &result));
+    int64_t prompts = 0, outputs = 0, reads = 0;
+    for (int64_t i = 0; i < store->num_requests; i++) {
+        const int64_t p = store->requests[i].prompt_tokens, d = store->requests[i].output_tokens;
+        prompts += p;
+        outputs += d;
+        for (int64_t j = 2; j <= d; j++) {
+            reads += p + j - 1;
+        }
+    }
+    CHECK_INT(result.prompt_tokens, prompts);
+    CHECK_INT(result.output_tokens, outputs);
+    CHECK(result.peak_tokens <= limits->pool_tokens && result.peak_tokens > 0);
+    CHECK_INT(result.computed_tokens, prompts - result.hit_tokens + outputs - store->num_requests +
+                                          result.recomputed_tokens);
+    CHECK((result.preemptions == 0) == (result.recomputed_tokens == 0));
+    /* What the time says of reads: all but GEMMs and scores, of which the latter are at most those
+     * of whole prompts. */
+    const double gemms = (double)result.computed_tokens * sum.flops_per_token / sum.gemm_rate[0];
+    const double read = (double)reads * sum.kv_bytes_per_token / sum.read_rate;
+    double scores = 0;
+    for (int64_t i = 0; i < store->num_requests; i++) {
+        const double p = store->requests[i].prompt_tokens;
+        scores += p * (p + 1) / 2 * sum.flops_per_score / sum.attention_flops_rate;
+    }
+    const double rest = result.seconds - gemms - read;
+    CHECK(result.preemptions > 0 || rest >= -1e-9 * result.seconds);
+    CHECK(result.preemptions > 0 || rest <= scores * (1 + 1e-9));
+    CHECK(result.preemptions > 0 || result.hit_tokens > 0 || rest >= scores * (1 - 1e-9));
+    return result.preemptions;
+}
+
+static void test_random_workloads(void) {
+    int64_t preemptions = 0;
+    for (int round = 0; round < 60; round++) {
+        raddle_blend_store store;
+        raddle_blend_trie trie;
+        fill(&store, 1 + random_below(150), random_below(11));
+        CHECK_OK(raddle_blend_trie_build(&store, &trie));
+        int32_t *order = raddle_alloc((size_t)store.num_requests * sizeof(int32_t));
+        int32_t *expected = raddle_alloc((size_t)store.num_requests * sizeof(int32_t));
+        const raddle_blend_limits limits = {
+            .pool_tokens = 700 + random_below(6000),
+            .step_tokens = 1 + random_below(round % 4 == 0 ? 8 : 600),
+        };
+        for (int policy = RADDLE_BLEND_DFS; policy >= RADDLE_BLEND_FCFS; policy--) {
+            raddle_blend_order(&trie, (raddle_blend_policy)policy, 7, order);
+            const raddle_blend_cost cost = model(0.01 * random_below(101), 1e9);
+            raddle_blend_result result, again;
+            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result));
+            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &again));
+            CHECK_INT(memcmp(&result, &again, sizeof result), 0);
+            CHECK(result.seconds >= result.bound_seconds * (1 - 1e-9));
+            /* No order shares more than there is. */
+            CHECK(result.prompt_tokens - result.hit_tokens >=
+                  result.prompt_tokens - (int64_t)store.num_blocks * BLOCK +
+                      trie.distinct_blocks * BLOCK - store.num_requests);
+            CHECK_INT(result.preemptions, 0); /* lengths are known */
+            CHECK_INT(check_conservation(&store, &trie, &limits, order, NULL), 0);
+            for (int64_t i = 0; i < store.num_requests; i++) {
+                const int32_t truth = store.requests[i].output_tokens;
+                expected[i] = 1 + (int32_t)((int64_t)truth * random_below(30) / 100);
+            }
+            preemptions += check_conservation(&store, &trie, &limits, order, expected);
+        }
+        raddle_free(order);
+        raddle_free(expected);
+        raddle_blend_trie_fini(&trie);
+        raddle_blend_store_fini(&store);
+    }
+    CHECK(preemptions > 50); /* of wrong lengths: that path is tested too */
+}
+
+/* Depth first nothing is computed twice in a pool that holds a few; at random it is. */
+static void test_order_decides_what_is_shared(void) {
+    raddle_blend_store store;
+    raddle_blend_trie trie;
+    fill(&store, 0, 0);
+    for (int32_t i = 0; i < 400; i++) {
+        uint64_t blocks[20];
+        for (int32_t k = 0; k < 20; k++) {
+            blocks[k] = (uint64_t)(k < 18 ? i % 40 * 100 + k : 100000 + i * 2 + k);
+        }
+        const raddle_blend_request request = {.num_blocks = 20,
+                                              .prompt_tokens = 165,
+                                              .output_tokens = 20,
+                                              .max_tokens = 20,
+                                              .weight = 1.0f};
+        CHECK_OK(raddle_blend_store_add(&store, &request, blocks));
+    }
+    CHECK_OK(raddle_blend_trie_build(&store, &trie));
+    const raddle_blend_limits limits = {.pool_tokens = 2000, .step_tokens = 256};
+    const raddle_blend_cost cost = model(0.3, 1e9);
+    int32_t order[400];
+    raddle_blend_result depth_first, random, first_come;
+    raddle_blend_order(&trie, RADDLE_BLEND_DFS, 0, order);
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &depth_first));
+    raddle_blend_order(&trie, RADDLE_BLEND_RANDOM, 1, order);
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &random));
+    raddle_blend_order(&trie, RADDLE_BLEND_FCFS, 0, order);
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &first_come));
+    CHECK_INT(depth_first.hit_tokens,
+              (int64_t)store.num_blocks * BLOCK - trie.distinct_blocks * BLOCK);
+    CHECK(random.hit_tokens < depth_first.hit_tokens / 2);
+    CHECK(first_come.hit_tokens < depth_first.hit_tokens / 2);
+    CHECK(depth_first.seconds < random.seconds);
+    raddle_blend_trie_fini(&trie);
+    raddle_blend_store_fini(&store);
+}
+
+static void test_forecast(void) {
+    enum { MOST = 60 };
+    for (int round = 0; round < 50; round++) {
+        struct {
+            int64_t base, end;
+        } live[MOST];
+        int count = 0;
+        raddle_blend_forecast forecast;
+        CHECK_OK(raddle_blend_forecast_init(&forecast, 2000));
+        int64_t now = 0;
+        for (int step = 0; step < 300; step++) {
+            now += random_below(40);
+            raddle_blend_forecast_advance(&forecast, now);
+            if (count < MOST && random_below(2)) {
+                live[count].base = random_below(500) - now;
+                live[count].end = now + random_below(2000);
+                raddle_blend_forecast_add(&forecast, live[count].base, live[count].end, 1);
+                count++;
+            } else if (count > 0) {
+                const int i = random_below(count);
+                raddle_blend_forecast_add(&forecast, live[i].base, live[i].end, -1);
+                live[i] = live[--count];
+            }
+            const int64_t base = random_below(500) - now, end = now + random_below(2000);
+            /* At the end of every bucket: who is there, and what they hold. */
+            int64_t peak = 0;
+            for (int64_t bucket = now / RADDLE_BLEND_BUCKET; bucket < (now + 2100) / 64; bucket++) {
+                const int64_t then = (bucket + 1) * RADDLE_BLEND_BUCKET - 1;
+                int64_t sum = end / 64 >= bucket ? base + then : 0;
+                for (int i = 0; i < count; i++) {
+                    const int64_t until = live[i].end > now ? live[i].end : now;
+                    sum += until / 64 >= bucket ? live[i].base + then : 0;
+                }
+                peak = sum > peak ? sum : peak;
+            }
+            CHECK_INT(raddle_blend_forecast_peak(&forecast, base, end), peak);
+        }
+        raddle_blend_forecast_fini(&forecast);
+    }
+}
+
+static void test_what_cannot_be_simulated(void) {
+    raddle_blend_store store;
+    raddle_blend_trie trie;
+    fill(&store, 0, 0);
+    raddle_blend_request request = {
+        .prompt_tokens = 50, .output_tokens = 60, .max_tokens = 60, .weight = 1.0f};
+    CHECK_OK(raddle_blend_store_add(&store, &request, NULL));
+    CHECK_OK(raddle_blend_trie_build(&store, &trie));
+    const raddle_blend_cost cost = model(0.3, 1e9);
+    raddle_blend_limits limits = {.pool_tokens = 100, .step_tokens = 16};
+    const int32_t order[1] = {0};
+    raddle_blend_result result = {.steps = -5};
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result),
+                RADDLE_ERR_VALUE, "request 0 has 110 tokens, the pool 100");
+    limits.pool_tokens = 110;
+    store.requests[0].output_tokens = RADDLE_BLEND_UNKNOWN;
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result),
+                RADDLE_ERR_VALUE, "request 0 has none");
+    store.requests[0].output_tokens = 60;
+    limits.step_tokens = 0;
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result),
+                RADDLE_ERR_VALUE, "limits");
+    CHECK_INT(result.steps, -5); /* untouched by a failure */
+    limits.step_tokens = 16;
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result));
+    CHECK_INT(result.steps, 4 + 59); /* 50 tokens in chunks of 16, the last gives a token */
+    raddle_blend_trie_fini(&trie);
+    raddle_blend_store_fini(&store);
+}
+
+int main(void) {
+    test_forecast();
+    test_random_workloads();
+    test_order_decides_what_is_shared();
+    test_what_cannot_be_simulated();
+    CHECK_INT(raddle_alloc_live(), 0);
+    return check_report();
+}
