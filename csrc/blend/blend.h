@@ -91,6 +91,8 @@ raddle_status raddle_blend_pool_init(raddle_blend_pool *pool, const raddle_blend
 void raddle_blend_pool_fini(raddle_blend_pool *pool);
 /* Tokens of a node's path that are resident. */
 int64_t raddle_blend_pool_cached(const raddle_blend_pool *pool, int32_t node);
+/* Of them, those that running requests hold: the rest may have to be evicted before it is used. */
+int64_t raddle_blend_pool_held(const raddle_blend_pool *pool, int32_t node);
 /* Room there is: nobody reads it, or it is free. */
 int64_t raddle_blend_pool_room(const raddle_blend_pool *pool);
 /* A waiting request that ends at node begins to run with own tokens of its own: its path becomes
@@ -173,17 +175,44 @@ void raddle_blend_forecast_add(raddle_blend_forecast *forecast, int64_t base, in
 int64_t raddle_blend_forecast_peak(const raddle_blend_forecast *forecast, int64_t base,
                                    int64_t end);
 
-/* ------------------------------------------------------------------ orders, and what they take */
+/* ------------------------------------------------------------------ policies */
 
-/* Requests in the order of a policy; seed is for RANDOM alone. */
+enum { RADDLE_BLEND_MAX_STREAMS = 32 };
+
 typedef enum raddle_blend_policy {
     RADDLE_BLEND_FCFS,   /* as they came */
     RADDLE_BLEND_RANDOM, /* no prefix order, an even mix */
     RADDLE_BLEND_DFS,    /* depth first through the tree: all sharing there is */
+    RADDLE_BLEND_PACED,  /* strata of like density side by side, each depth first; computing and
+                            reading meted out so that both last to the end */
 } raddle_blend_policy;
 
-void raddle_blend_order(const raddle_blend_trie *trie, raddle_blend_policy policy, uint64_t seed,
-                        int32_t *order);
+/* Where the next request comes from: the stream that is least far on, in what its requests cost. */
+typedef struct raddle_blend_plan {
+    int32_t num_streams;
+    bool is_paced;
+    int32_t *order;                                  /* [num_requests] stream after stream */
+    int32_t stream_end[RADDLE_BLEND_MAX_STREAMS];    /* in order */
+    double stream_seconds[RADDLE_BLEND_MAX_STREAMS]; /* computing and reading, one by one */
+} raddle_blend_plan;
+
+/* expected [num_requests]: output lengths as far as they are known; NULL: the true ones. seed is for
+ * RANDOM alone. */
+raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                                     const raddle_blend_cost *cost, raddle_blend_policy policy,
+                                     const int32_t *expected, uint64_t seed,
+                                     raddle_blend_plan *out_plan);
+void raddle_blend_plan_fini(raddle_blend_plan *plan);
+/* paced: the strata. plan->order has room. */
+raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
+                                       const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                       const int32_t *expected, raddle_blend_plan *plan);
+/* Seconds that a request computes and reads, each as if nothing hid it; cached: tokens of its prompt
+ * that others before it compute. */
+double raddle_blend_request_seconds(const raddle_blend_store *store, const raddle_blend_cost *cost,
+                                    const int32_t *expected, int32_t request, int64_t cached);
+
+/* ------------------------------------------------------------------ what a run takes */
 
 typedef struct raddle_blend_limits {
     int64_t pool_tokens; /* of K and V */
@@ -200,14 +229,15 @@ typedef struct raddle_blend_result {
     int64_t peak_tokens;                  /* of K and V */
 } raddle_blend_result;
 
-/* Runs the requests in an order behind a virtual clock: decodes come first in a step, chunks of
+/* Runs the requests as planned behind a virtual clock: decodes come first in a step, chunks of
  * prompts fill it, a request is admitted when its peak fits, as far as output lengths are known:
  * expected [num_requests] is what is thought of them, NULL: the truth. When the pool overflows, the
  * newest steps back and is computed again. RADDLE_ERR_VALUE names a request whose true length is
  * unknown, or that is too large for the pool alone. */
 raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                     const raddle_blend_cost *cost,
-                                    const raddle_blend_limits *limits, const int32_t *order,
-                                    const int32_t *expected, raddle_blend_result *out_result);
+                                    const raddle_blend_limits *limits,
+                                    const raddle_blend_plan *plan, const int32_t *expected,
+                                    raddle_blend_result *out_result);
 
 #endif

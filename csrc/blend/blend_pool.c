@@ -136,6 +136,13 @@ int64_t raddle_blend_pool_cached(const raddle_blend_pool *pool, int32_t node) {
     return (int64_t)pool->trie->nodes[deepest_resident(pool, node)].depth * pool->block_size;
 }
 
+int64_t raddle_blend_pool_held(const raddle_blend_pool *pool, int32_t node) {
+    while (node > 0 && pool->nodes[node].running == 0) {
+        node = pool->trie->nodes[node].parent;
+    }
+    return (int64_t)pool->trie->nodes[node].depth * pool->block_size;
+}
+
 bool raddle_blend_pool_acquire(raddle_blend_pool *pool, int32_t node, int64_t own,
                                int64_t *out_cached) {
     const raddle_blend_node *nodes = pool->trie->nodes;

@@ -1,5 +1,9 @@
 /* blend_simulate.c - a run of all requests behind a virtual clock.
  *
+ * The next request comes from the stream that is least far on, or the one behind that when it does
+ * not fit. A paced run gives each step as many tokens as keep what is left to compute and what is
+ * left to read in step with each other, by what is read now.
+ *
  * A step does one token of every decoding request and fills up with chunks of prompts. Nothing is
  * done per decoding request and step: how many there are and what they hold together is kept as two
  * sums, and who ends when in a ring of lists by step.
@@ -16,12 +20,15 @@
 
 enum { NONE = -1 };
 
+static const double FULL = 0.95, TOO_EMPTY = 0.6; /* of the pool */
+
 /* A request on its way. */
 typedef struct life {
     int32_t node;
     int32_t generated;    /* when it was last admitted: recomputed with the prompt */
     int32_t done;         /* tokens of prompt and generated that are computed, or were found */
     int32_t cached;       /* of them, that were found */
+    int32_t chunk;        /* tokens of its prompt that a step has room for, at least */
     int64_t base;         /* forecast: own tokens less the step */
     int64_t expected_end; /* of the forecast */
     int64_t end;          /* the step of the last token, once it decodes */
@@ -34,23 +41,27 @@ typedef struct run {
     const raddle_blend_store *store;
     const raddle_blend_cost *cost;
     const raddle_blend_limits *limits;
-    const int32_t *order, *expected; /* expected: NULL when lengths are known */
+    const raddle_blend_plan *plan;
+    const int32_t *expected; /* NULL when lengths are known */
     raddle_blend_pool pool;
     raddle_blend_forecast forecast;
     raddle_blend_result result;
     raddle_blend_work total; /* what cannot be avoided */
+    raddle_blend_work left;  /* of what is expected */
     double own_steps;        /* tokens that no two requests share, times steps */
     life *lives;
     int32_t *ring; /* first request that ends at a step, by step modulo its size */
     int64_t ring_size;
     int64_t step;
-    int32_t next;        /* in the order */
+    int32_t next[RADDLE_BLEND_MAX_STREAMS]; /* in the plan's order */
+    double seconds_done[RADDLE_BLEND_MAX_STREAMS];
+    bool is_ramped;      /* the pool was full once */
     int32_t again;       /* first of those that stepped back */
     int32_t *prefilling; /* [num_requests] a queue: admitted, prompts not computed yet */
     int64_t first_prefilling, end_prefilling;
     int32_t newest;                /* of the decoding */
     int64_t num_decoding, context; /* tokens that they hold, all together */
-    int32_t num_done;
+    int32_t num_running, num_done; /* admitted; at their ends */
 } run;
 
 static int64_t prompt_and_generated(const run *r, int32_t request) {
@@ -73,27 +84,37 @@ static int64_t own_tokens(const run *r, int32_t request) {
 
 /* ------------------------------------------------------------------ admission */
 
-static int32_t candidate(const run *r) {
-    if (r->again != NONE) {
-        return r->again;
+/* The stream that is least far on, of those that `except` is not; NONE when they are empty. */
+static int32_t least_far(const run *r, int32_t except) {
+    int32_t least = NONE;
+    double least_far_on = 0;
+    for (int32_t i = 0; i < r->plan->num_streams; i++) {
+        const double far_on = r->seconds_done[i] / r->plan->stream_seconds[i];
+        if (i != except && r->next[i] < r->plan->stream_end[i] &&
+            (least == NONE || far_on < least_far_on)) {
+            least = i;
+            least_far_on = far_on;
+        }
     }
-    return r->next < r->store->num_requests ? r->order[r->next] : NONE;
+    return least;
 }
 
-/* The candidate begins, when its peak fits and steps have room for its tokens; alone it always may. */
-static bool admit(run *r, int32_t request) {
+/* The candidate begins, when its peak fits and steps have room for its tokens; alone it always may.
+ * chunk: tokens that a step has for prompts. What the forecast knows of it holds as long as its prompt
+ * is computed no slower than that. */
+static bool admit(run *r, int32_t request, int64_t chunk) {
     life *l = &r->lives[request];
-    const int64_t running = r->num_decoding + r->end_prefilling - r->first_prefilling;
     const raddle_blend_request *from = &r->store->requests[request];
     const int64_t own = own_tokens(r, request);
-    const int64_t end = r->step + expected_left(r, request);
     const int64_t missing = (int64_t)from->num_blocks * r->store->block_size -
-                            raddle_blend_pool_cached(&r->pool, l->node);
+                            raddle_blend_pool_held(&r->pool, l->node);
+    const int64_t prefill_steps = 1 + (own + missing + chunk - 1) / chunk;
+    const int64_t end = r->step + prefill_steps + expected_left(r, request);
     const int64_t read = r->pool.shared_tokens - r->pool.evictable_tokens;
     const int64_t peak = raddle_blend_forecast_peak(&r->forecast, own - r->step, end);
     int64_t cached = 0;
-    if (running > 0 &&
-        (running >= r->limits->step_tokens || peak + read + missing > r->limits->pool_tokens)) {
+    if (r->num_running > 0 && (r->num_running >= r->limits->step_tokens ||
+                               peak + read + missing > r->limits->pool_tokens)) {
         return false;
     }
     if (!raddle_blend_pool_acquire(&r->pool, l->node, own, &cached)) {
@@ -103,15 +124,15 @@ static bool admit(run *r, int32_t request) {
     const int64_t most = prompt_and_generated(r, request) - 1;
     l->cached = (int32_t)(cached < most ? cached : most);
     l->done = l->cached;
+    l->chunk = (int32_t)chunk;
     l->base = own - r->step;
     l->expected_end = end;
     raddle_blend_forecast_add(&r->forecast, l->base, l->expected_end, 1);
     if (request == r->again) {
         r->again = l->next;
         r->result.recomputed_tokens += most - l->cached;
-    } else {
-        r->next++;
     }
+    r->num_running++;
     r->prefilling[r->end_prefilling++ % r->store->num_requests] = request;
     return true;
 }
@@ -150,6 +171,7 @@ static void leave_memory(run *r, int32_t request, int64_t own, bool waits_again)
     life *l = &r->lives[request];
     raddle_blend_forecast_add(&r->forecast, l->base, l->expected_end, -1);
     raddle_blend_pool_release(&r->pool, l->node, own, waits_again);
+    r->num_running--;
 }
 
 /* The prompt is computed: the first token is there, at the end of this step. */
@@ -214,15 +236,53 @@ static void preempt(run *r) {
 
 /* ------------------------------------------------------------------ a step */
 
+/* Admits one more, if there is one that fits. */
+static bool admit_next(run *r, int64_t chunk) {
+    if (r->again != NONE) {
+        return admit(r, r->again, chunk);
+    }
+    int32_t stream = NONE;
+    for (int32_t tries = 0; tries < 2; tries++) {
+        stream = least_far(r, stream);
+        if (stream == NONE) {
+            return false;
+        }
+        const int32_t request = r->plan->order[r->next[stream]];
+        if (admit(r, request, chunk)) {
+            r->next[stream]++;
+            r->seconds_done[stream] += raddle_blend_request_seconds(
+                r->store, r->cost, r->expected, request, r->lives[request].cached);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Tokens that this step may have. A pool that is not full, at first or because the pace was too slow,
+ * is filled at full speed. */
+static int64_t pace(run *r, double reads) {
+    const int64_t held = r->pool.own_tokens + r->pool.shared_tokens - r->pool.evictable_tokens;
+    const double pool = (double)r->limits->pool_tokens;
+    r->is_ramped = r->is_ramped || (double)held > FULL * pool;
+    if (!r->plan->is_paced || !r->is_ramped || (double)held < TOO_EMPTY * pool ||
+        r->left.reads <= 0) {
+        return r->limits->step_tokens;
+    }
+    const double tokens = r->left.tokens / r->left.reads * fmax(reads, pool);
+    return tokens < r->limits->step_tokens ? (int64_t)tokens : r->limits->step_tokens;
+}
+
 /* Chunks of prompts until the step is full. */
 static void fill_with_prompts(run *r, raddle_blend_work *work) {
-    int64_t left = r->limits->step_tokens - r->num_decoding;
-    while (left > 0) {
-        if (r->first_prefilling == r->end_prefilling) {
-            const int32_t request = candidate(r);
-            if (request == NONE || !admit(r, request)) {
-                return;
-            }
+    int64_t room = pace(r, work->reads) - r->num_decoding;
+    if (r->first_prefilling < r->end_prefilling) { /* what is begun keeps its speed */
+        const int32_t request = r->prefilling[r->first_prefilling % r->store->num_requests];
+        room = room > r->lives[request].chunk ? room : r->lives[request].chunk;
+    }
+    for (int64_t left = room; left > 0;) {
+        /* Those that end here decode from the next step on. */
+        if (r->first_prefilling == r->end_prefilling && !admit_next(r, room)) {
+            return;
         }
         const int32_t request = r->prefilling[r->first_prefilling % r->store->num_requests];
         life *l = &r->lives[request];
@@ -235,6 +295,7 @@ static void fill_with_prompts(run *r, raddle_blend_work *work) {
         left -= chunk;
         if (l->done == whole) {
             r->first_prefilling++;
+            room = room > 1 ? room - 1 : 1;
             r->result.hit_tokens += l->generated == 0 ? l->cached : 0;
         }
     }
@@ -260,6 +321,8 @@ static raddle_status take_step(run *r) {
     r->result.peak_tokens = held > r->result.peak_tokens ? held : r->result.peak_tokens;
     r->result.seconds += raddle_blend_step_seconds(r->cost, &work);
     r->result.computed_tokens += (int64_t)work.tokens;
+    r->left.tokens -= work.tokens;
+    r->left.reads -= work.reads;
     r->result.steps++;
     r->step++;
     return RADDLE_OK;
@@ -290,19 +353,24 @@ static raddle_status survey(run *r, const raddle_blend_trie *trie, int64_t *out_
         longest = request->output_tokens > longest ? request->output_tokens : longest;
         r->result.prompt_tokens += request->prompt_tokens;
         r->result.output_tokens += request->output_tokens;
-        /* In this order, what the one before it shares is all that is known of it. */
+        /* In this order, what the one before it shares is all that is known of it. A repeated prompt
+         * counts as nothing, though its last token has to be computed. */
         const raddle_blend_node *nodes = trie->nodes;
         int32_t common = k == 0 ? 0 : trie->node_of[k - 1];
         while (!(common <= trie->node_of[k] && trie->node_of[k] < nodes[common].end)) {
             common = nodes[common].parent;
         }
         cached = k == 0 ? 0 : (int64_t)nodes[common].depth * r->store->block_size;
-        cached = cached < request->prompt_tokens ? cached : request->prompt_tokens - 1;
         const raddle_blend_work work =
             raddle_blend_request_work(request->prompt_tokens, cached, request->output_tokens);
         r->total.tokens += work.tokens;
         r->total.scores += work.scores;
         r->total.reads += work.reads;
+        const int64_t thought = r->expected == NULL ? request->output_tokens : r->expected[i];
+        const raddle_blend_work left =
+            raddle_blend_request_work(request->prompt_tokens, cached, thought < 1 ? 1 : thought);
+        r->left.tokens += left.tokens;
+        r->left.reads += left.reads;
         const raddle_blend_node *own = &nodes[trie->node_of[k]];
         const bool is_alone = own->request_end - own->request_begin == 1;
         const int32_t above =
@@ -315,9 +383,15 @@ static raddle_status survey(run *r, const raddle_blend_trie *trie, int64_t *out_
     return RADDLE_OK;
 }
 
-static int64_t longest_expected(const run *r, int64_t longest) {
-    for (int64_t i = 0; r->expected != NULL && i < r->store->num_requests; i++) {
-        longest = r->expected[i] > longest ? r->expected[i] : longest;
+/* The most steps from an admission to the expected end: a token of the prompt in each, at the worst. */
+static int64_t longest_stay(const run *r) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < r->store->num_requests; i++) {
+        const raddle_blend_request *from = &r->store->requests[i];
+        const int32_t expected = r->expected == NULL ? 0 : r->expected[i];
+        const int64_t output = from->output_tokens > expected ? from->output_tokens : expected;
+        const int64_t stay = 1 + from->prompt_tokens + output + RADDLE_BLEND_BUCKET;
+        longest = stay > longest ? stay : longest;
     }
     return longest;
 }
@@ -337,7 +411,7 @@ static raddle_status open_run(run *r, const raddle_blend_trie *trie) {
         return raddle_fail_memory((size_t)r->ring_size * sizeof(int32_t));
     }
     memset(r->ring, 0xff, (size_t)r->ring_size * sizeof(int32_t)); /* NONE */
-    RADDLE_TRY(raddle_blend_forecast_init(&r->forecast, longest_expected(r, longest)));
+    RADDLE_TRY(raddle_blend_forecast_init(&r->forecast, longest_stay(r)));
     RADDLE_TRY(
         raddle_blend_pool_init(&r->pool, trie, r->store->block_size, r->limits->pool_tokens));
     const double for_memory = r->own_steps / (double)r->limits->pool_tokens;
@@ -357,8 +431,9 @@ static void close_run(run *r) {
 
 raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                     const raddle_blend_cost *cost,
-                                    const raddle_blend_limits *limits, const int32_t *order,
-                                    const int32_t *expected, raddle_blend_result *out_result) {
+                                    const raddle_blend_limits *limits,
+                                    const raddle_blend_plan *plan, const int32_t *expected,
+                                    raddle_blend_result *out_result) {
     RADDLE_TRY(raddle_blend_cost_check(cost));
     RADDLE_REQUIRE(limits->step_tokens >= 1 && limits->pool_tokens >= 1, RADDLE_ERR_VALUE,
                    "limits: expected at least one token in a step and in the pool, got %d and %lld",
@@ -367,13 +442,16 @@ raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddl
         .store = store,
         .cost = cost,
         .limits = limits,
-        .order = order,
+        .plan = plan,
         .expected = expected,
         .again = NONE,
         .newest = NONE,
     };
     raddle_status status = RADDLE_OK;
     if (store->num_requests > 0) {
+        for (int32_t i = 1; i < plan->num_streams; i++) {
+            r.next[i] = plan->stream_end[i - 1];
+        }
         status = open_run(&r, trie);
         while (status == RADDLE_OK && r.num_done < store->num_requests) {
             status = take_step(&r);

@@ -19,10 +19,10 @@ void raddle_blend_store_fini(raddle_blend_store *store) {
     memset(store, 0, sizeof *store);
 }
 
-/* Room for `more` elements behind `count`; *items moves. */
+/* Room for `more` elements behind `count`, and some in any case; *items moves. */
 static raddle_status grow(void **items, int64_t count, int64_t more, int64_t *capacity,
                           size_t item_bytes) {
-    if (count + more <= *capacity) {
+    if (*items != NULL && count + more <= *capacity) {
         return RADDLE_OK;
     }
     int64_t wanted = *capacity + *capacity / 2 + 1024;

@@ -103,6 +103,8 @@ static void check_world(world *w) {
     int64_t shared = 0, evictable = 0;
     for (int32_t n = 1; n < w->trie.num_nodes; n++) {
         const bool has = pool_has(w, n), is_read = readers(w, n, RUNS) > 0;
+        CHECK((raddle_blend_pool_held(&w->pool, n) == (int64_t)w->trie.nodes[n].depth * BLOCK) ==
+              is_read);
         CHECK(has || !is_read);
         CHECK(!has || is_read || readers(w, n, WAITS) > 0); /* nobody's: gone at once */
         CHECK(!has || pool_has(w, w->trie.nodes[n].parent));

@@ -58,11 +58,11 @@ static void fill(raddle_blend_store *store, int32_t requests, int32_t sharing) {
 /* Without overlap and weights a run takes the time of its work, however it is cut into steps: that
  * of the requests, less what was found. */
 static int64_t check_conservation(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                  const raddle_blend_limits *limits, const int32_t *order,
+                                  const raddle_blend_limits *limits, const raddle_blend_plan *plan,
                                   const int32_t *expected) {
     const raddle_blend_cost sum = model(1.0, 0.0);
     raddle_blend_result result;
-    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, order, expected, &result));
+    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, plan, expected, &result));
     int64_t prompts = 0, outputs = 0, reads = 0;
     for (int64_t i = 0; i < store->num_requests; i++) {
         const int64_t p = store->requests[i].prompt_tokens, d = store->requests[i].output_tokens;
@@ -94,6 +94,23 @@ static int64_t check_conservation(const raddle_blend_store *store, const raddle_
     return result.preemptions;
 }
 
+/* Each request once, in streams that follow each other. */
+static void check_plan(const raddle_blend_store *store, const raddle_blend_plan *plan) {
+    int64_t sum = 0, squares = 0;
+    for (int64_t i = 0; i < store->num_requests; i++) {
+        CHECK(plan->order[i] >= 0 && plan->order[i] < store->num_requests);
+        sum += plan->order[i] - i;
+        squares += (int64_t)plan->order[i] * plan->order[i] - i * i;
+    }
+    CHECK_INT(sum, 0);
+    CHECK_INT(squares, 0);
+    CHECK(plan->num_streams >= 1 && plan->num_streams <= RADDLE_BLEND_MAX_STREAMS);
+    for (int32_t i = 1; i < plan->num_streams; i++) {
+        CHECK(plan->stream_end[i] >= plan->stream_end[i - 1]);
+    }
+    CHECK_INT(plan->stream_end[plan->num_streams - 1], store->num_requests);
+}
+
 static void test_random_workloads(void) {
     int64_t preemptions = 0;
     for (int round = 0; round < 60; round++) {
@@ -101,18 +118,20 @@ static void test_random_workloads(void) {
         raddle_blend_trie trie;
         fill(&store, 1 + random_below(150), random_below(11));
         CHECK_OK(raddle_blend_trie_build(&store, &trie));
-        int32_t *order = raddle_alloc((size_t)store.num_requests * sizeof(int32_t));
         int32_t *expected = raddle_alloc((size_t)store.num_requests * sizeof(int32_t));
         const raddle_blend_limits limits = {
             .pool_tokens = 700 + random_below(6000),
             .step_tokens = 1 + random_below(round % 4 == 0 ? 8 : 600),
         };
-        for (int policy = RADDLE_BLEND_DFS; policy >= RADDLE_BLEND_FCFS; policy--) {
-            raddle_blend_order(&trie, (raddle_blend_policy)policy, 7, order);
+        for (int policy = RADDLE_BLEND_FCFS; policy <= RADDLE_BLEND_PACED; policy++) {
             const raddle_blend_cost cost = model(0.01 * random_below(101), 1e9);
+            raddle_blend_plan plan;
+            CHECK_OK(raddle_blend_plan_make(&store, &trie, &cost, (raddle_blend_policy)policy, NULL,
+                                            7, &plan));
+            check_plan(&store, &plan);
             raddle_blend_result result, again;
-            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result));
-            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &again));
+            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result));
+            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &again));
             CHECK_INT(memcmp(&result, &again, sizeof result), 0);
             CHECK(result.seconds >= result.bound_seconds * (1 - 1e-9));
             /* No order shares more than there is. */
@@ -120,19 +139,31 @@ static void test_random_workloads(void) {
                   result.prompt_tokens - (int64_t)store.num_blocks * BLOCK +
                       trie.distinct_blocks * BLOCK - store.num_requests);
             CHECK_INT(result.preemptions, 0); /* lengths are known */
-            CHECK_INT(check_conservation(&store, &trie, &limits, order, NULL), 0);
+            CHECK_INT(check_conservation(&store, &trie, &limits, &plan, NULL), 0);
             for (int64_t i = 0; i < store.num_requests; i++) {
                 const int32_t truth = store.requests[i].output_tokens;
                 expected[i] = 1 + (int32_t)((int64_t)truth * random_below(30) / 100);
             }
-            preemptions += check_conservation(&store, &trie, &limits, order, expected);
+            preemptions += check_conservation(&store, &trie, &limits, &plan, expected);
+            raddle_blend_plan_fini(&plan);
         }
-        raddle_free(order);
         raddle_free(expected);
         raddle_blend_trie_fini(&trie);
         raddle_blend_store_fini(&store);
     }
     CHECK(preemptions > 50); /* of wrong lengths: that path is tested too */
+}
+
+static raddle_blend_result run_policy(const raddle_blend_store *store,
+                                      const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                      const raddle_blend_limits *limits,
+                                      raddle_blend_policy policy) {
+    raddle_blend_plan plan;
+    raddle_blend_result result = {0};
+    CHECK_OK(raddle_blend_plan_make(store, trie, cost, policy, NULL, 1, &plan));
+    CHECK_OK(raddle_blend_simulate(store, trie, cost, limits, &plan, NULL, &result));
+    raddle_blend_plan_fini(&plan);
+    return result;
 }
 
 /* Depth first nothing is computed twice in a pool that holds a few; at random it is. */
@@ -155,14 +186,12 @@ static void test_order_decides_what_is_shared(void) {
     CHECK_OK(raddle_blend_trie_build(&store, &trie));
     const raddle_blend_limits limits = {.pool_tokens = 2000, .step_tokens = 256};
     const raddle_blend_cost cost = model(0.3, 1e9);
-    int32_t order[400];
-    raddle_blend_result depth_first, random, first_come;
-    raddle_blend_order(&trie, RADDLE_BLEND_DFS, 0, order);
-    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &depth_first));
-    raddle_blend_order(&trie, RADDLE_BLEND_RANDOM, 1, order);
-    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &random));
-    raddle_blend_order(&trie, RADDLE_BLEND_FCFS, 0, order);
-    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &first_come));
+    const raddle_blend_result depth_first =
+        run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_DFS);
+    const raddle_blend_result random =
+        run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_RANDOM);
+    const raddle_blend_result first_come =
+        run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_FCFS);
     CHECK_INT(depth_first.hit_tokens,
               (int64_t)store.num_blocks * BLOCK - trie.distinct_blocks * BLOCK);
     CHECK(random.hit_tokens < depth_first.hit_tokens / 2);
@@ -223,22 +252,24 @@ static void test_what_cannot_be_simulated(void) {
     CHECK_OK(raddle_blend_trie_build(&store, &trie));
     const raddle_blend_cost cost = model(0.3, 1e9);
     raddle_blend_limits limits = {.pool_tokens = 100, .step_tokens = 16};
-    const int32_t order[1] = {0};
+    raddle_blend_plan plan;
+    CHECK_OK(raddle_blend_plan_make(&store, &trie, &cost, RADDLE_BLEND_FCFS, NULL, 0, &plan));
     raddle_blend_result result = {.steps = -5};
-    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result),
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
                 RADDLE_ERR_VALUE, "request 0 has 110 tokens, the pool 100");
     limits.pool_tokens = 110;
     store.requests[0].output_tokens = RADDLE_BLEND_UNKNOWN;
-    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result),
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
                 RADDLE_ERR_VALUE, "request 0 has none");
     store.requests[0].output_tokens = 60;
     limits.step_tokens = 0;
-    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result),
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
                 RADDLE_ERR_VALUE, "limits");
     CHECK_INT(result.steps, -5); /* untouched by a failure */
     limits.step_tokens = 16;
-    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, order, NULL, &result));
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result));
     CHECK_INT(result.steps, 4 + 59); /* 50 tokens in chunks of 16, the last gives a token */
+    raddle_blend_plan_fini(&plan);
     raddle_blend_trie_fini(&trie);
     raddle_blend_store_fini(&store);
 }

@@ -1,0 +1,155 @@
+/* blend_paced.c - strata of like density.
+ *
+ * The tree is opened from the root until each unit, a subtree or a node's own requests, is a small
+ * part of the work. Units are sorted by density, computing over reading, and dealt out in that order
+ * to strata of equal work. Within a stratum units lie in the order of the tree, so that it walks
+ * depth first and one path stays hot. Side by side the strata keep the mix of the whole from the
+ * first step to the last, which two ends of one list do not.
+ */
+#include "blend/blend.h"
+
+#include <stdlib.h>
+
+#include "base/alloc.h"
+
+enum {
+    STRATA = RADDLE_BLEND_MAX_STREAMS,
+    UNITS_PER_STRATUM = 8, /* at least: so that strata come out even */
+};
+
+typedef struct unit {
+    double compute, read; /* seconds */
+    int32_t begin, end;   /* in the tree's order */
+    int32_t stratum;
+} unit;
+
+typedef struct dealing {
+    const raddle_blend_store *store;
+    const raddle_blend_trie *trie;
+    double *compute, *read; /* [num_requests + 1] sums over the tree's order */
+    unit *units;
+    int32_t num_units;
+    double most; /* seconds of a unit that is left closed */
+} dealing;
+
+static double seconds_between(const dealing *d, int32_t begin, int32_t end) {
+    return d->compute[end] - d->compute[begin] + d->read[end] - d->read[begin];
+}
+
+/* What each request adds when all come depth first: the prefix that it shares with the one before it
+ * is computed already. */
+static void add_up(dealing *d, const raddle_blend_cost *cost, const int32_t *expected) {
+    const raddle_blend_node *nodes = d->trie->nodes;
+    d->compute[0] = d->read[0] = 0;
+    for (int32_t k = 0; k < d->trie->num_requests; k++) {
+        const int32_t request = d->trie->order[k], node = d->trie->node_of[k];
+        int32_t common = k == 0 ? 0 : d->trie->node_of[k - 1];
+        while (!(common <= node && node < nodes[common].end)) {
+            common = nodes[common].parent;
+        }
+        const raddle_blend_request *from = &d->store->requests[request];
+        const int64_t output = expected != NULL ? expected[request] : from->output_tokens;
+        const int64_t cached = k == 0 ? 0 : (int64_t)nodes[common].depth * d->store->block_size;
+        const double all = raddle_blend_request_seconds(d->store, cost, expected, request, cached);
+        const raddle_blend_work work =
+            raddle_blend_request_work(from->prompt_tokens, 0, output < 1 ? 1 : output);
+        const double read = work.reads * cost->kv_bytes_per_token / cost->read_rate;
+        d->compute[k + 1] = d->compute[k] + all - read;
+        d->read[k + 1] = d->read[k] + read;
+    }
+}
+
+static void add_unit(dealing *d, int32_t begin, int32_t end) {
+    if (begin < end) {
+        d->units[d->num_units++] = (unit){
+            .compute = d->compute[end] - d->compute[begin],
+            .read = d->read[end] - d->read[begin],
+            .begin = begin,
+            .end = end,
+        };
+    }
+}
+
+/* In preorder: a subtree that is small enough is passed over whole, else its node's own requests are a
+ * unit each and its children come next. */
+static void open_units(dealing *d) {
+    const raddle_blend_node *nodes = d->trie->nodes;
+    for (int32_t i = 0; i < d->trie->num_nodes;) {
+        const raddle_blend_node *node = &nodes[i];
+        if (seconds_between(d, node->request_begin, node->request_end) <= d->most) {
+            add_unit(d, node->request_begin, node->request_end);
+            i = node->end;
+            continue;
+        }
+        const int32_t own_end = i + 1 < node->end ? nodes[i + 1].request_begin : node->request_end;
+        for (int32_t k = node->request_begin; k < own_end; k++) {
+            add_unit(d, k, k + 1);
+        }
+        i++;
+    }
+}
+
+/* Densest first; of equal ones the earlier. compute / read, without dividing by 0. */
+static int by_density(const void *a, const void *b) {
+    const unit *x = a, *y = b;
+    const double left = x->compute * y->read, right = y->compute * x->read;
+    return left > right ? -1 : left < right ? 1 : (x->begin > y->begin) - (x->begin < y->begin);
+}
+
+static int by_stratum(const void *a, const void *b) {
+    const unit *x = a, *y = b;
+    return x->stratum != y->stratum ? (x->stratum > y->stratum) - (x->stratum < y->stratum)
+                                    : (x->begin > y->begin) - (x->begin < y->begin);
+}
+
+static void deal(dealing *d, raddle_blend_plan *plan) {
+    const double all = seconds_between(d, 0, d->trie->num_requests);
+    double before = 0;
+    qsort(d->units, (size_t)d->num_units, sizeof(unit), by_density);
+    for (int32_t i = 0; i < d->num_units; i++) {
+        const double own = d->units[i].compute + d->units[i].read;
+        const int32_t stratum = (int32_t)((before + own / 2) / all * STRATA);
+        d->units[i].stratum = stratum < STRATA ? stratum : STRATA - 1;
+        before += own;
+    }
+    qsort(d->units, (size_t)d->num_units, sizeof(unit), by_stratum);
+    int32_t at = 0, last = -1;
+    plan->num_streams = 0;
+    for (int32_t i = 0; i < d->num_units; i++) {
+        const unit *u = &d->units[i];
+        if (u->stratum != last) {
+            last = u->stratum;
+            plan->stream_seconds[plan->num_streams++] = 0;
+        }
+        for (int32_t k = u->begin; k < u->end; k++) {
+            plan->order[at++] = d->trie->order[k];
+        }
+        plan->stream_end[plan->num_streams - 1] = at;
+        plan->stream_seconds[plan->num_streams - 1] += u->compute + u->read;
+    }
+    plan->num_streams = plan->num_streams > 0 ? plan->num_streams : 1;
+    plan->is_paced = true;
+}
+
+raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
+                                       const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                       const int32_t *expected, raddle_blend_plan *plan) {
+    const size_t count = (size_t)trie->num_requests;
+    dealing d = {.store = store, .trie = trie};
+    raddle_status status = RADDLE_OK;
+    d.compute = raddle_alloc((count + 1) * sizeof(double));
+    d.read = raddle_alloc((count + 1) * sizeof(double));
+    d.units = raddle_alloc(count * sizeof(unit));
+    if (d.compute == NULL || d.read == NULL || d.units == NULL) {
+        status = raddle_fail_memory(count * sizeof(unit));
+    } else if (count > 0) {
+        add_up(&d, cost, expected);
+        d.most = seconds_between(&d, 0, trie->num_requests) / (STRATA * UNITS_PER_STRATUM);
+        open_units(&d);
+        deal(&d, plan);
+    }
+    raddle_free(d.compute);
+    raddle_free(d.read);
+    raddle_free(d.units);
+    return status;
+}

@@ -1,0 +1,69 @@
+/* blend_plan.c - the policies that need no more than an order, and the door to those that do. */
+#include "blend/blend.h"
+
+#include <string.h>
+
+#include "base/alloc.h"
+
+static uint64_t next_random(uint64_t *state) { /* splitmix64 (Steele, Lea and Flood 2014) */
+    *state += 0x9E3779B97F4A7C15u;
+    uint64_t x = *state;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+static void shuffle(int32_t *order, int32_t count, uint64_t seed) {
+    for (int32_t i = count - 1; i > 0; i--) {
+        const int32_t other = (int32_t)(next_random(&seed) % (uint64_t)(i + 1));
+        const int32_t kept = order[i];
+        order[i] = order[other];
+        order[other] = kept;
+    }
+}
+
+double raddle_blend_request_seconds(const raddle_blend_store *store, const raddle_blend_cost *cost,
+                                    const int32_t *expected, int32_t request, int64_t cached) {
+    const raddle_blend_request *from = &store->requests[request];
+    const int64_t output = expected != NULL ? expected[request] : from->output_tokens;
+    const int64_t most = from->prompt_tokens - 1;
+    const raddle_blend_work work = raddle_blend_request_work(
+        from->prompt_tokens, cached < most ? cached : most, output < 1 ? 1 : output);
+    /* Steps are full: their GEMMs run at the last rate, and weights are read for all. */
+    return work.tokens * cost->flops_per_token / cost->gemm_rate[cost->num_rates - 1] +
+           work.scores * cost->flops_per_score / cost->attention_flops_rate +
+           work.reads * cost->kv_bytes_per_token / cost->read_rate;
+}
+
+raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                                     const raddle_blend_cost *cost, raddle_blend_policy policy,
+                                     const int32_t *expected, uint64_t seed,
+                                     raddle_blend_plan *out_plan) {
+    const int32_t count = trie->num_requests;
+    raddle_blend_plan plan = {.num_streams = 1, .stream_end = {count}, .stream_seconds = {1}};
+    const size_t bytes = (size_t)count * sizeof(int32_t);
+    plan.order = raddle_alloc(bytes);
+    if (plan.order == NULL) {
+        return raddle_fail_memory(bytes);
+    }
+    raddle_status status = RADDLE_OK;
+    for (int32_t i = 0; i < count; i++) {
+        plan.order[i] = policy == RADDLE_BLEND_DFS ? trie->order[i] : i;
+    }
+    if (policy == RADDLE_BLEND_RANDOM) {
+        shuffle(plan.order, count, seed);
+    } else if (policy == RADDLE_BLEND_PACED) {
+        status = raddle_blend_plan_strata(store, trie, cost, expected, &plan);
+    }
+    if (status != RADDLE_OK) {
+        raddle_blend_plan_fini(&plan);
+        return status;
+    }
+    *out_plan = plan;
+    return RADDLE_OK;
+}
+
+void raddle_blend_plan_fini(raddle_blend_plan *plan) {
+    raddle_free(plan->order);
+    memset(plan, 0, sizeof *plan);
+}
