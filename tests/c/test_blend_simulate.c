@@ -201,6 +201,40 @@ static void test_order_decides_what_is_shared(void) {
     raddle_blend_store_fini(&store);
 }
 
+/* Prompts with short answers come first, long answers to long shared contexts last: depth first one
+ * waits for the other, paced they hide each other, and share as much. */
+static void test_pacing_hides_reads_behind_computing(void) {
+    enum { HALF = 3000 };
+    raddle_blend_store store;
+    raddle_blend_trie trie;
+    fill(&store, 0, 0);
+    for (int32_t i = 0; i < 2 * HALF; i++) {
+        uint64_t blocks[250];
+        const int32_t count = i < HALF ? 100 : 250, shared = i < HALF ? 70 : 240;
+        for (int32_t k = 0; k < count; k++) {
+            blocks[k] = (uint64_t)(k == 0 ? i / HALF : k < shared ? i / 50 : 1000000 + i);
+        }
+        const int32_t output = i < HALF ? 2 : 150 + random_below(100);
+        const raddle_blend_request request = {.num_blocks = count,
+                                              .prompt_tokens = count * BLOCK + 1,
+                                              .output_tokens = output,
+                                              .max_tokens = output,
+                                              .weight = 1.0f};
+        CHECK_OK(raddle_blend_store_add(&store, &request, blocks));
+    }
+    CHECK_OK(raddle_blend_trie_build(&store, &trie));
+    const raddle_blend_limits limits = {.pool_tokens = 150000, .step_tokens = 512};
+    const raddle_blend_cost cost = model(0.0, 1e9);
+    const raddle_blend_result depth_first =
+        run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_DFS);
+    const raddle_blend_result paced = run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_PACED);
+    CHECK(paced.seconds < 0.9 * depth_first.seconds);
+    CHECK(paced.seconds < 1.05 * paced.bound_seconds);
+    CHECK((double)paced.hit_tokens > 0.98 * (double)depth_first.hit_tokens);
+    raddle_blend_trie_fini(&trie);
+    raddle_blend_store_fini(&store);
+}
+
 static void test_forecast(void) {
     enum { MOST = 60 };
     for (int round = 0; round < 50; round++) {
@@ -278,6 +312,7 @@ int main(void) {
     test_forecast();
     test_random_workloads();
     test_order_decides_what_is_shared();
+    test_pacing_hides_reads_behind_computing();
     test_what_cannot_be_simulated();
     CHECK_INT(raddle_alloc_live(), 0);
     return check_report();
