@@ -4,7 +4,8 @@
  * part of the work. Units are sorted by density, computing over reading, and dealt out in that order
  * to strata of equal work. Within a stratum units lie in the order of the tree, so that it walks
  * depth first and one path stays hot. Side by side the strata keep the mix of the whole from the
- * first step to the last, which two ends of one list do not.
+ * first step to the last, which two ends of one list do not. There are as many strata as hot paths
+ * take a small part of the pool.
  */
 #include "blend/blend.h"
 
@@ -13,8 +14,9 @@
 #include "base/alloc.h"
 
 enum {
-    STRATA = RADDLE_BLEND_MAX_STREAMS,
+    LEAST_STRATA = 8,
     UNITS_PER_STRATUM = 8, /* at least: so that strata come out even */
+    POOL_PARTS = 6,        /* one of which hot paths may take */
 };
 
 typedef struct unit {
@@ -28,7 +30,7 @@ typedef struct dealing {
     const raddle_blend_trie *trie;
     double *compute, *read; /* [num_requests + 1] sums over the tree's order */
     unit *units;
-    int32_t num_units;
+    int32_t num_units, num_strata;
     double most; /* seconds of a unit that is left closed */
 } dealing;
 
@@ -57,6 +59,22 @@ static void add_up(dealing *d, const raddle_blend_cost *cost, const int32_t *exp
         d->compute[k + 1] = d->compute[k] + all - read;
         d->read[k + 1] = d->read[k] + read;
     }
+}
+
+/* A path is as long as what a request shares with others. */
+static int32_t count_strata(const dealing *d, const raddle_blend_limits *limits) {
+    const raddle_blend_node *nodes = d->trie->nodes;
+    double blocks = 0;
+    for (int32_t k = 0; k < d->trie->num_requests; k++) {
+        const raddle_blend_node *node = &nodes[d->trie->node_of[k]];
+        const bool is_alone = node->request_end - node->request_begin == 1;
+        blocks += is_alone && node->parent >= 0 ? nodes[node->parent].depth : node->depth;
+    }
+    const double path = blocks * d->store->block_size / d->trie->num_requests;
+    const double fit = (double)limits->pool_tokens / POOL_PARTS / (path + 1);
+    return fit < LEAST_STRATA               ? LEAST_STRATA
+           : fit < RADDLE_BLEND_MAX_STREAMS ? (int32_t)fit
+                                            : RADDLE_BLEND_MAX_STREAMS;
 }
 
 static void add_unit(dealing *d, int32_t begin, int32_t end) {
@@ -108,8 +126,8 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
     qsort(d->units, (size_t)d->num_units, sizeof(unit), by_density);
     for (int32_t i = 0; i < d->num_units; i++) {
         const double own = d->units[i].compute + d->units[i].read;
-        const int32_t stratum = (int32_t)((before + own / 2) / all * STRATA);
-        d->units[i].stratum = stratum < STRATA ? stratum : STRATA - 1;
+        const int32_t stratum = (int32_t)((before + own / 2) / all * d->num_strata);
+        d->units[i].stratum = stratum < d->num_strata ? stratum : d->num_strata - 1;
         before += own;
     }
     qsort(d->units, (size_t)d->num_units, sizeof(unit), by_stratum);
@@ -133,7 +151,8 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
 
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
-                                       const int32_t *expected, raddle_blend_plan *plan) {
+                                       const raddle_blend_limits *limits, const int32_t *expected,
+                                       raddle_blend_plan *plan) {
     const size_t count = (size_t)trie->num_requests;
     dealing d = {.store = store, .trie = trie};
     raddle_status status = RADDLE_OK;
@@ -144,7 +163,8 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
         status = raddle_fail_memory(count * sizeof(unit));
     } else if (count > 0) {
         add_up(&d, cost, expected);
-        d.most = seconds_between(&d, 0, trie->num_requests) / (STRATA * UNITS_PER_STRATUM);
+        d.num_strata = count_strata(&d, limits);
+        d.most = seconds_between(&d, 0, trie->num_requests) / (d.num_strata * UNITS_PER_STRATUM);
         open_units(&d);
         deal(&d, plan);
     }
