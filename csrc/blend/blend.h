@@ -192,13 +192,15 @@ typedef enum raddle_blend_policy {
                             reading meted out so that both last to the end */
 } raddle_blend_policy;
 
-/* Where the next request comes from: the stream that is least far on, in what its requests cost. */
+/* Where the next request comes from: the stream that is least far on, in what its requests cost. A
+ * paced stream of long outputs keeps a lead, so that none of them is left over at the end. */
 typedef struct raddle_blend_plan {
     int32_t num_streams;
     bool is_paced;
     int32_t *order;                                  /* [num_requests] stream after stream */
     int32_t stream_end[RADDLE_BLEND_MAX_STREAMS];    /* in order */
     double stream_seconds[RADDLE_BLEND_MAX_STREAMS]; /* computing and reading, one by one */
+    double stream_output[RADDLE_BLEND_MAX_STREAMS];  /* tokens of a request, on average */
 } raddle_blend_plan;
 
 /* expected [num_requests]: output lengths as far as they are known; NULL: the true ones. seed is for

@@ -28,6 +28,7 @@ typedef struct unit {
 typedef struct dealing {
     const raddle_blend_store *store;
     const raddle_blend_trie *trie;
+    const int32_t *expected;
     double *compute, *read; /* [num_requests + 1] sums over the tree's order */
     unit *units;
     int32_t num_units, num_strata;
@@ -38,9 +39,15 @@ static double seconds_between(const dealing *d, int32_t begin, int32_t end) {
     return d->compute[end] - d->compute[begin] + d->read[end] - d->read[begin];
 }
 
+static int32_t output_of(const dealing *d, int32_t request) {
+    const int32_t output =
+        d->expected != NULL ? d->expected[request] : d->store->requests[request].output_tokens;
+    return output > 1 ? output : 1;
+}
+
 /* What each request adds when all come depth first: the prefix that it shares with the one before it
  * is computed already. */
-static void add_up(dealing *d, const raddle_blend_cost *cost, const int32_t *expected) {
+static void add_up(dealing *d, const raddle_blend_cost *cost) {
     const raddle_blend_node *nodes = d->trie->nodes;
     d->compute[0] = d->read[0] = 0;
     for (int32_t k = 0; k < d->trie->num_requests; k++) {
@@ -50,11 +57,11 @@ static void add_up(dealing *d, const raddle_blend_cost *cost, const int32_t *exp
             common = nodes[common].parent;
         }
         const raddle_blend_request *from = &d->store->requests[request];
-        const int64_t output = expected != NULL ? expected[request] : from->output_tokens;
+        const int32_t output = output_of(d, request);
         const int64_t cached = k == 0 ? 0 : (int64_t)nodes[common].depth * d->store->block_size;
-        const double all = raddle_blend_request_seconds(d->store, cost, expected, request, cached);
-        const raddle_blend_work work =
-            raddle_blend_request_work(from->prompt_tokens, 0, output < 1 ? 1 : output);
+        const double all =
+            raddle_blend_request_seconds(d->store, cost, d->expected, request, cached);
+        const raddle_blend_work work = raddle_blend_request_work(from->prompt_tokens, 0, output);
         const double read = work.reads * cost->kv_bytes_per_token / cost->read_rate;
         d->compute[k + 1] = d->compute[k] + all - read;
         d->read[k + 1] = d->read[k] + read;
@@ -137,13 +144,18 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
         const unit *u = &d->units[i];
         if (u->stratum != last) {
             last = u->stratum;
+            plan->stream_output[plan->num_streams] = 0;
             plan->stream_seconds[plan->num_streams++] = 0;
         }
         for (int32_t k = u->begin; k < u->end; k++) {
             plan->order[at++] = d->trie->order[k];
+            plan->stream_output[plan->num_streams - 1] += output_of(d, d->trie->order[k]);
         }
         plan->stream_end[plan->num_streams - 1] = at;
         plan->stream_seconds[plan->num_streams - 1] += u->compute + u->read;
+    }
+    for (int32_t i = 0, begin = 0; i < plan->num_streams; begin = plan->stream_end[i++]) {
+        plan->stream_output[i] /= plan->stream_end[i] - begin;
     }
     plan->num_streams = plan->num_streams > 0 ? plan->num_streams : 1;
     plan->is_paced = true;
@@ -154,7 +166,7 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_limits *limits, const int32_t *expected,
                                        raddle_blend_plan *plan) {
     const size_t count = (size_t)trie->num_requests;
-    dealing d = {.store = store, .trie = trie};
+    dealing d = {.store = store, .trie = trie, .expected = expected};
     raddle_status status = RADDLE_OK;
     d.compute = raddle_alloc((count + 1) * sizeof(double));
     d.read = raddle_alloc((count + 1) * sizeof(double));
@@ -162,7 +174,7 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
     if (d.compute == NULL || d.read == NULL || d.units == NULL) {
         status = raddle_fail_memory(count * sizeof(unit));
     } else if (count > 0) {
-        add_up(&d, cost, expected);
+        add_up(&d, cost);
         d.num_strata = count_strata(&d, limits);
         d.most = seconds_between(&d, 0, trie->num_requests) / (d.num_strata * UNITS_PER_STRATUM);
         open_units(&d);

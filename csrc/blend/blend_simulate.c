@@ -21,6 +21,7 @@
 enum { NONE = -1 };
 
 static const double FULL = 0.95, TOO_EMPTY = 0.6; /* of the pool */
+static const double LEAD = 0.5;                   /* of the time that an output takes */
 
 /* A request on its way. */
 typedef struct life {
@@ -54,7 +55,7 @@ typedef struct run {
     int64_t ring_size;
     int64_t step;
     int32_t next[RADDLE_BLEND_MAX_STREAMS]; /* in the plan's order */
-    double seconds_done[RADDLE_BLEND_MAX_STREAMS];
+    double seconds_done[RADDLE_BLEND_MAX_STREAMS], lead[RADDLE_BLEND_MAX_STREAMS];
     bool is_ramped;      /* the pool was full once */
     int32_t again;       /* first of those that stepped back */
     int32_t *prefilling; /* [num_requests] a queue: admitted, prompts not computed yet */
@@ -89,7 +90,7 @@ static int32_t least_far(const run *r, int32_t except) {
     int32_t least = NONE;
     double least_far_on = 0;
     for (int32_t i = 0; i < r->plan->num_streams; i++) {
-        const double far_on = r->seconds_done[i] / r->plan->stream_seconds[i];
+        const double far_on = r->seconds_done[i] / r->plan->stream_seconds[i] - r->lead[i];
         if (i != except && r->next[i] < r->plan->stream_end[i] &&
             (least == NONE || far_on < least_far_on)) {
             least = i;
@@ -417,7 +418,11 @@ static raddle_status open_run(run *r, const raddle_blend_trie *trie) {
     const double for_memory = r->own_steps / (double)r->limits->pool_tokens;
     const double for_tokens = r->total.tokens / (double)r->limits->step_tokens;
     const double least = fmax(fmax(for_memory, for_tokens), (double)longest);
-    r->result.bound_seconds = raddle_blend_bound_seconds(r->cost, &r->total, least, NULL);
+    double steps = 0;
+    r->result.bound_seconds = raddle_blend_bound_seconds(r->cost, &r->total, least, &steps);
+    for (int32_t i = 0; r->plan->is_paced && i < r->plan->num_streams; i++) {
+        r->lead[i] = LEAD * r->plan->stream_output[i] / steps;
+    }
     return RADDLE_OK;
 }
 
