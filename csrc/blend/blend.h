@@ -131,11 +131,6 @@ typedef struct raddle_blend_work {
     double reads;  /* tokens of K and V that decode attention reads */
 } raddle_blend_work;
 
-typedef struct raddle_blend_limits {
-    int64_t pool_tokens; /* of K and V */
-    int32_t step_tokens; /* through the GEMMs of a step */
-} raddle_blend_limits;
-
 raddle_status raddle_blend_cost_check(const raddle_blend_cost *cost);
 double raddle_blend_compute_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
 double raddle_blend_read_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
@@ -206,22 +201,25 @@ typedef struct raddle_blend_plan {
 /* expected [num_requests]: output lengths as far as they are known; NULL: the true ones. seed is for
  * RANDOM alone. */
 raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                     const raddle_blend_cost *cost,
-                                     const raddle_blend_limits *limits, raddle_blend_policy policy,
+                                     const raddle_blend_cost *cost, raddle_blend_policy policy,
                                      const int32_t *expected, uint64_t seed,
                                      raddle_blend_plan *out_plan);
 void raddle_blend_plan_fini(raddle_blend_plan *plan);
 /* paced: the strata. plan->order has room. */
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
-                                       const raddle_blend_limits *limits, const int32_t *expected,
-                                       raddle_blend_plan *plan);
+                                       const int32_t *expected, raddle_blend_plan *plan);
 /* Seconds that a request computes and reads, each as if nothing hid it; cached: tokens of its prompt
  * that others before it compute. */
 double raddle_blend_request_seconds(const raddle_blend_store *store, const raddle_blend_cost *cost,
                                     const int32_t *expected, int32_t request, int64_t cached);
 
 /* ------------------------------------------------------------------ what a run takes */
+
+typedef struct raddle_blend_limits {
+    int64_t pool_tokens; /* of K and V */
+    int32_t step_tokens; /* through the GEMMs of a step */
+} raddle_blend_limits;
 
 typedef struct raddle_blend_result {
     double seconds, bound_seconds; /* of the run; that no order beats */

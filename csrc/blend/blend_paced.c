@@ -4,8 +4,8 @@
  * part of the work. Units are sorted by density, computing over reading, and dealt out in that order
  * to strata of equal work. Within a stratum units lie in the order of the tree, so that it walks
  * depth first and one path stays hot. Side by side the strata keep the mix of the whole from the
- * first step to the last, which two ends of one list do not. There are as many strata as hot paths
- * take a small part of the pool.
+ * first step to the last, which two ends of one list do not. benchmarks/LOG.md has what their number
+ * does.
  */
 #include "blend/blend.h"
 
@@ -15,8 +15,8 @@
 
 enum {
     LEAST_STRATA = 8,
-    UNITS_PER_STRATUM = 8, /* at least: so that strata come out even */
-    POOL_PARTS = 6,        /* one of which hot paths may take */
+    UNITS_PER_STRATUM = 8,  /* at least: so that strata come out even */
+    STRATA_TIMES_SHARE = 4, /* of prompts, the share that others have too */
 };
 
 typedef struct unit {
@@ -68,17 +68,16 @@ static void add_up(dealing *d, const raddle_blend_cost *cost) {
     }
 }
 
-/* A path is as long as what a request shares with others. */
-static int32_t count_strata(const dealing *d, const raddle_blend_limits *limits) {
-    const raddle_blend_node *nodes = d->trie->nodes;
-    double blocks = 0;
+/* More strata mix more evenly, and each reads shared prefixes that others read too: as many as what
+ * there is to share allows. */
+static int32_t count_strata(const dealing *d) {
+    int64_t tokens = 0;
     for (int32_t k = 0; k < d->trie->num_requests; k++) {
-        const raddle_blend_node *node = &nodes[d->trie->node_of[k]];
-        const bool is_alone = node->request_end - node->request_begin == 1;
-        blocks += is_alone && node->parent >= 0 ? nodes[node->parent].depth : node->depth;
+        tokens += d->store->requests[k].prompt_tokens;
     }
-    const double path = blocks * d->store->block_size / d->trie->num_requests;
-    const double fit = (double)limits->pool_tokens / POOL_PARTS / (path + 1);
+    const double shared =
+        (double)(d->store->num_blocks - d->trie->distinct_blocks) * d->store->block_size;
+    const double fit = STRATA_TIMES_SHARE * (double)tokens / (shared + 1);
     return fit < LEAST_STRATA               ? LEAST_STRATA
            : fit < RADDLE_BLEND_MAX_STREAMS ? (int32_t)fit
                                             : RADDLE_BLEND_MAX_STREAMS;
@@ -163,8 +162,7 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
 
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
-                                       const raddle_blend_limits *limits, const int32_t *expected,
-                                       raddle_blend_plan *plan) {
+                                       const int32_t *expected, raddle_blend_plan *plan) {
     const size_t count = (size_t)trie->num_requests;
     dealing d = {.store = store, .trie = trie, .expected = expected};
     raddle_status status = RADDLE_OK;
@@ -175,7 +173,7 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
         status = raddle_fail_memory(count * sizeof(unit));
     } else if (count > 0) {
         add_up(&d, cost);
-        d.num_strata = count_strata(&d, limits);
+        d.num_strata = count_strata(&d);
         d.most = seconds_between(&d, 0, trie->num_requests) / (d.num_strata * UNITS_PER_STRATUM);
         open_units(&d);
         deal(&d, plan);

@@ -36,8 +36,7 @@ double raddle_blend_request_seconds(const raddle_blend_store *store, const raddl
 }
 
 raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                     const raddle_blend_cost *cost,
-                                     const raddle_blend_limits *limits, raddle_blend_policy policy,
+                                     const raddle_blend_cost *cost, raddle_blend_policy policy,
                                      const int32_t *expected, uint64_t seed,
                                      raddle_blend_plan *out_plan) {
     const int32_t count = trie->num_requests;
@@ -54,7 +53,7 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
     if (policy == RADDLE_BLEND_RANDOM) {
         shuffle(plan.order, count, seed);
     } else if (policy == RADDLE_BLEND_PACED) {
-        status = raddle_blend_plan_strata(store, trie, cost, limits, expected, &plan);
+        status = raddle_blend_plan_strata(store, trie, cost, expected, &plan);
     }
     if (status != RADDLE_OK) {
         raddle_blend_plan_fini(&plan);
