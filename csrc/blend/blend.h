@@ -149,6 +149,33 @@ raddle_blend_work raddle_blend_request_work(int64_t prompt, int64_t cached, int6
 double raddle_blend_bound_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
                                   double least_steps, double *out_steps);
 
+/* ------------------------------------------------------------------ output lengths */
+
+/* What is thought of a request's output, in tokens. */
+typedef struct raddle_blend_length {
+    float mean, square; /* of the length; of its square */
+    int32_t room;       /* that the forecast gives it */
+} raddle_blend_length;
+
+/* Picks requests to run first, so that their outputs are seen: of each group the share `rate` or
+ * `quota` requests, whichever is more. out_requests: room for all. */
+raddle_status raddle_blend_lengths_sample(const raddle_blend_store *store, double rate,
+                                          int32_t quota, uint64_t seed, int32_t *out_requests,
+                                          int64_t *out_count);
+/* seen [num_requests]: lengths, or RADDLE_BLEND_UNKNOWN. The others follow from those of their group
+ * and of requests that share a prefix. */
+raddle_status raddle_blend_lengths_guess(const raddle_blend_store *store,
+                                         const raddle_blend_trie *trie, const int32_t *seen,
+                                         raddle_blend_length *out_lengths);
+raddle_blend_length raddle_blend_length_known(int32_t output);
+/* lengths NULL: all are known. */
+raddle_blend_length raddle_blend_length_of(const raddle_blend_store *store,
+                                           const raddle_blend_length *lengths, int32_t request);
+/* raddle_blend_request_work of what is thought. */
+raddle_blend_work raddle_blend_expected_work(const raddle_blend_store *store,
+                                             const raddle_blend_length *lengths, int32_t request,
+                                             int64_t cached);
+
 /* ------------------------------------------------------------------ the peak that is to come */
 
 /* Tokens that running requests will have for themselves, step by step until they end: each holds
@@ -198,21 +225,22 @@ typedef struct raddle_blend_plan {
     double stream_output[RADDLE_BLEND_MAX_STREAMS];  /* tokens of a request, on average */
 } raddle_blend_plan;
 
-/* expected [num_requests]: output lengths as far as they are known; NULL: the true ones. seed is for
+uint64_t raddle_blend_random(uint64_t *state);
+/* lengths [num_requests]: what is thought of outputs; NULL: they are known. seed is for
  * RANDOM alone. */
 raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                      const raddle_blend_cost *cost, raddle_blend_policy policy,
-                                     const int32_t *expected, uint64_t seed,
+                                     const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan);
 void raddle_blend_plan_fini(raddle_blend_plan *plan);
 /* paced: the strata. plan->order has room. */
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
-                                       const int32_t *expected, raddle_blend_plan *plan);
-/* Seconds that a request computes and reads, each as if nothing hid it; cached: tokens of its prompt
- * that others before it compute. */
-double raddle_blend_request_seconds(const raddle_blend_store *store, const raddle_blend_cost *cost,
-                                    const int32_t *expected, int32_t request, int64_t cached);
+                                       const raddle_blend_length *lengths, raddle_blend_plan *plan);
+/* Seconds to compute and to read, as if nothing hid either; weights are read for all, and GEMMs run at
+ * the last rate. out_read, the second of them, may be NULL. */
+double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
+                                  double *out_read);
 
 /* ------------------------------------------------------------------ what a run takes */
 
@@ -233,13 +261,14 @@ typedef struct raddle_blend_result {
 
 /* Runs the requests as planned behind a virtual clock: decodes come first in a step, chunks of
  * prompts fill it, a request is admitted when its peak fits, as far as output lengths are known:
- * expected [num_requests] is what is thought of them, NULL: the truth. When the pool overflows, the
+ * lengths [num_requests] is what is thought of them, NULL: the truth. When the pool overflows, the
  * newest steps back and is computed again. RADDLE_ERR_VALUE names a request whose true length is
  * unknown, or that is too large for the pool alone. */
 raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                     const raddle_blend_cost *cost,
                                     const raddle_blend_limits *limits,
-                                    const raddle_blend_plan *plan, const int32_t *expected,
+                                    const raddle_blend_plan *plan,
+                                    const raddle_blend_length *lengths,
                                     raddle_blend_result *out_result);
 
 #endif

@@ -28,7 +28,7 @@ typedef struct unit {
 typedef struct dealing {
     const raddle_blend_store *store;
     const raddle_blend_trie *trie;
-    const int32_t *expected;
+    const raddle_blend_length *lengths;
     double *compute, *read; /* [num_requests + 1] sums over the tree's order */
     unit *units;
     int32_t num_units, num_strata;
@@ -37,12 +37,6 @@ typedef struct dealing {
 
 static double seconds_between(const dealing *d, int32_t begin, int32_t end) {
     return d->compute[end] - d->compute[begin] + d->read[end] - d->read[begin];
-}
-
-static int32_t output_of(const dealing *d, int32_t request) {
-    const int32_t output =
-        d->expected != NULL ? d->expected[request] : d->store->requests[request].output_tokens;
-    return output > 1 ? output : 1;
 }
 
 /* What each request adds when all come depth first: the prefix that it shares with the one before it
@@ -56,13 +50,11 @@ static void add_up(dealing *d, const raddle_blend_cost *cost) {
         while (!(common <= node && node < nodes[common].end)) {
             common = nodes[common].parent;
         }
-        const raddle_blend_request *from = &d->store->requests[request];
-        const int32_t output = output_of(d, request);
         const int64_t cached = k == 0 ? 0 : (int64_t)nodes[common].depth * d->store->block_size;
-        const double all =
-            raddle_blend_request_seconds(d->store, cost, d->expected, request, cached);
-        const raddle_blend_work work = raddle_blend_request_work(from->prompt_tokens, 0, output);
-        const double read = work.reads * cost->kv_bytes_per_token / cost->read_rate;
+        const raddle_blend_work work =
+            raddle_blend_expected_work(d->store, d->lengths, request, cached);
+        double read = 0;
+        const double all = raddle_blend_plain_seconds(cost, &work, &read);
         d->compute[k + 1] = d->compute[k] + all - read;
         d->read[k + 1] = d->read[k] + read;
     }
@@ -148,7 +140,8 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
         }
         for (int32_t k = u->begin; k < u->end; k++) {
             plan->order[at++] = d->trie->order[k];
-            plan->stream_output[plan->num_streams - 1] += output_of(d, d->trie->order[k]);
+            plan->stream_output[plan->num_streams - 1] +=
+                raddle_blend_length_of(d->store, d->lengths, d->trie->order[k]).mean;
         }
         plan->stream_end[plan->num_streams - 1] = at;
         plan->stream_seconds[plan->num_streams - 1] += u->compute + u->read;
@@ -162,9 +155,10 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
 
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
-                                       const int32_t *expected, raddle_blend_plan *plan) {
+                                       const raddle_blend_length *lengths,
+                                       raddle_blend_plan *plan) {
     const size_t count = (size_t)trie->num_requests;
-    dealing d = {.store = store, .trie = trie, .expected = expected};
+    dealing d = {.store = store, .trie = trie, .lengths = lengths};
     raddle_status status = RADDLE_OK;
     d.compute = raddle_alloc((count + 1) * sizeof(double));
     d.read = raddle_alloc((count + 1) * sizeof(double));

@@ -5,7 +5,7 @@
 
 #include "base/alloc.h"
 
-static uint64_t next_random(uint64_t *state) { /* splitmix64 (Steele, Lea and Flood 2014) */
+uint64_t raddle_blend_random(uint64_t *state) { /* splitmix64 (Steele, Lea and Flood 2014) */
     *state += 0x9E3779B97F4A7C15u;
     uint64_t x = *state;
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -15,29 +15,26 @@ static uint64_t next_random(uint64_t *state) { /* splitmix64 (Steele, Lea and Fl
 
 static void shuffle(int32_t *order, int32_t count, uint64_t seed) {
     for (int32_t i = count - 1; i > 0; i--) {
-        const int32_t other = (int32_t)(next_random(&seed) % (uint64_t)(i + 1));
+        const int32_t other = (int32_t)(raddle_blend_random(&seed) % (uint64_t)(i + 1));
         const int32_t kept = order[i];
         order[i] = order[other];
         order[other] = kept;
     }
 }
 
-double raddle_blend_request_seconds(const raddle_blend_store *store, const raddle_blend_cost *cost,
-                                    const int32_t *expected, int32_t request, int64_t cached) {
-    const raddle_blend_request *from = &store->requests[request];
-    const int64_t output = expected != NULL ? expected[request] : from->output_tokens;
-    const int64_t most = from->prompt_tokens - 1;
-    const raddle_blend_work work = raddle_blend_request_work(
-        from->prompt_tokens, cached < most ? cached : most, output < 1 ? 1 : output);
-    /* Steps are full: their GEMMs run at the last rate, and weights are read for all. */
-    return work.tokens * cost->flops_per_token / cost->gemm_rate[cost->num_rates - 1] +
-           work.scores * cost->flops_per_score / cost->attention_flops_rate +
-           work.reads * cost->kv_bytes_per_token / cost->read_rate;
+double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
+                                  double *out_read) {
+    const double read = work->reads * cost->kv_bytes_per_token / cost->read_rate;
+    if (out_read != NULL) {
+        *out_read = read;
+    }
+    return work->tokens * cost->flops_per_token / cost->gemm_rate[cost->num_rates - 1] +
+           work->scores * cost->flops_per_score / cost->attention_flops_rate + read;
 }
 
 raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                      const raddle_blend_cost *cost, raddle_blend_policy policy,
-                                     const int32_t *expected, uint64_t seed,
+                                     const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan) {
     const int32_t count = trie->num_requests;
     raddle_blend_plan plan = {.num_streams = 1, .stream_end = {count}, .stream_seconds = {1}};
@@ -53,7 +50,7 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
     if (policy == RADDLE_BLEND_RANDOM) {
         shuffle(plan.order, count, seed);
     } else if (policy == RADDLE_BLEND_PACED) {
-        status = raddle_blend_plan_strata(store, trie, cost, expected, &plan);
+        status = raddle_blend_plan_strata(store, trie, cost, lengths, &plan);
     }
     if (status != RADDLE_OK) {
         raddle_blend_plan_fini(&plan);

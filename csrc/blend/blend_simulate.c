@@ -43,7 +43,7 @@ typedef struct run {
     const raddle_blend_cost *cost;
     const raddle_blend_limits *limits;
     const raddle_blend_plan *plan;
-    const int32_t *expected; /* NULL when lengths are known */
+    const raddle_blend_length *lengths; /* NULL when lengths are known */
     raddle_blend_pool pool;
     raddle_blend_forecast forecast;
     raddle_blend_result result;
@@ -71,8 +71,7 @@ static int64_t prompt_and_generated(const run *r, int32_t request) {
 
 /* Steps that a request is expected to run on; more than it knows of, when it outlived that. */
 static int64_t expected_left(const run *r, int32_t request) {
-    const int32_t *known = r->expected;
-    const int64_t all = known == NULL ? r->store->requests[request].output_tokens : known[request];
+    const int64_t all = raddle_blend_length_of(r->store, r->lengths, request).room;
     const int64_t left = all - r->lives[request].generated;
     return left > 0 ? left : RADDLE_BLEND_BUCKET;
 }
@@ -251,8 +250,9 @@ static bool admit_next(run *r, int64_t chunk) {
         const int32_t request = r->plan->order[r->next[stream]];
         if (admit(r, request, chunk)) {
             r->next[stream]++;
-            r->seconds_done[stream] += raddle_blend_request_seconds(
-                r->store, r->cost, r->expected, request, r->lives[request].cached);
+            const raddle_blend_work work =
+                raddle_blend_expected_work(r->store, r->lengths, request, r->lives[request].cached);
+            r->seconds_done[stream] += raddle_blend_plain_seconds(r->cost, &work, NULL);
             return true;
         }
     }
@@ -367,9 +367,7 @@ static raddle_status survey(run *r, const raddle_blend_trie *trie, int64_t *out_
         r->total.tokens += work.tokens;
         r->total.scores += work.scores;
         r->total.reads += work.reads;
-        const int64_t thought = r->expected == NULL ? request->output_tokens : r->expected[i];
-        const raddle_blend_work left =
-            raddle_blend_request_work(request->prompt_tokens, cached, thought < 1 ? 1 : thought);
+        const raddle_blend_work left = raddle_blend_expected_work(r->store, r->lengths, i, cached);
         r->left.tokens += left.tokens;
         r->left.reads += left.reads;
         const raddle_blend_node *own = &nodes[trie->node_of[k]];
@@ -389,8 +387,8 @@ static int64_t longest_stay(const run *r) {
     int64_t longest = 0;
     for (int64_t i = 0; i < r->store->num_requests; i++) {
         const raddle_blend_request *from = &r->store->requests[i];
-        const int32_t expected = r->expected == NULL ? 0 : r->expected[i];
-        const int64_t output = from->output_tokens > expected ? from->output_tokens : expected;
+        const int32_t room = r->lengths == NULL ? 0 : r->lengths[i].room;
+        const int64_t output = from->output_tokens > room ? from->output_tokens : room;
         const int64_t stay = 1 + from->prompt_tokens + output + RADDLE_BLEND_BUCKET;
         longest = stay > longest ? stay : longest;
     }
@@ -437,7 +435,8 @@ static void close_run(run *r) {
 raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                     const raddle_blend_cost *cost,
                                     const raddle_blend_limits *limits,
-                                    const raddle_blend_plan *plan, const int32_t *expected,
+                                    const raddle_blend_plan *plan,
+                                    const raddle_blend_length *lengths,
                                     raddle_blend_result *out_result) {
     RADDLE_TRY(raddle_blend_cost_check(cost));
     RADDLE_REQUIRE(limits->step_tokens >= 1 && limits->pool_tokens >= 1, RADDLE_ERR_VALUE,
@@ -448,7 +447,7 @@ raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddl
         .cost = cost,
         .limits = limits,
         .plan = plan,
-        .expected = expected,
+        .lengths = lengths,
         .again = NONE,
         .newest = NONE,
     };

@@ -59,10 +59,10 @@ static void fill(raddle_blend_store *store, int32_t requests, int32_t sharing) {
  * of the requests, less what was found. */
 static int64_t check_conservation(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                   const raddle_blend_limits *limits, const raddle_blend_plan *plan,
-                                  const int32_t *expected) {
+                                  const raddle_blend_length *lengths) {
     const raddle_blend_cost sum = model(1.0, 0.0);
     raddle_blend_result result;
-    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, plan, expected, &result));
+    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, plan, lengths, &result));
     int64_t prompts = 0, outputs = 0, reads = 0;
     for (int64_t i = 0; i < store->num_requests; i++) {
         const int64_t p = store->requests[i].prompt_tokens, d = store->requests[i].output_tokens;
@@ -118,7 +118,7 @@ static void test_random_workloads(void) {
         raddle_blend_trie trie;
         fill(&store, 1 + random_below(150), random_below(11));
         CHECK_OK(raddle_blend_trie_build(&store, &trie));
-        int32_t *expected = raddle_alloc((size_t)store.num_requests * sizeof(int32_t));
+        raddle_blend_length *guessed = raddle_alloc((size_t)store.num_requests * sizeof *guessed);
         const raddle_blend_limits limits = {
             .pool_tokens = 700 + random_below(6000),
             .step_tokens = 1 + random_below(round % 4 == 0 ? 8 : 600),
@@ -142,12 +142,13 @@ static void test_random_workloads(void) {
             CHECK_INT(check_conservation(&store, &trie, &limits, &plan, NULL), 0);
             for (int64_t i = 0; i < store.num_requests; i++) {
                 const int32_t truth = store.requests[i].output_tokens;
-                expected[i] = 1 + (int32_t)((int64_t)truth * random_below(30) / 100);
+                guessed[i] = raddle_blend_length_known(
+                    1 + (int32_t)((int64_t)truth * random_below(30) / 100));
             }
-            preemptions += check_conservation(&store, &trie, &limits, &plan, expected);
+            preemptions += check_conservation(&store, &trie, &limits, &plan, guessed);
             raddle_blend_plan_fini(&plan);
         }
-        raddle_free(expected);
+        raddle_free(guessed);
         raddle_blend_trie_fini(&trie);
         raddle_blend_store_fini(&store);
     }
