@@ -204,11 +204,12 @@ int64_t raddle_blend_forecast_peak(const raddle_blend_forecast *forecast, int64_
 
 /* ------------------------------------------------------------------ policies */
 
-enum { RADDLE_BLEND_MAX_STREAMS = 32 };
+enum { RADDLE_BLEND_MAX_STREAMS = 32, RADDLE_BLEND_LPM_WINDOW = 128 };
 
 typedef enum raddle_blend_policy {
     RADDLE_BLEND_FCFS,   /* as they came */
     RADDLE_BLEND_RANDOM, /* no prefix order, an even mix */
+    RADDLE_BLEND_LPM,    /* as they came, but of a window that with the longest prefix in memory */
     RADDLE_BLEND_DFS,    /* depth first through the tree: all sharing there is */
     RADDLE_BLEND_PACED,  /* strata of like density side by side, each depth first; computing and
                             reading meted out so that both last to the end */
@@ -219,7 +220,8 @@ typedef enum raddle_blend_policy {
 typedef struct raddle_blend_plan {
     int32_t num_streams;
     bool is_paced;
-    int32_t *order;                                  /* [num_requests] stream after stream */
+    int32_t window; /* of a stream's next requests, of which the one with most in memory is taken */
+    int32_t *order; /* [num_requests] stream after stream */
     int32_t stream_end[RADDLE_BLEND_MAX_STREAMS];    /* in order */
     double stream_seconds[RADDLE_BLEND_MAX_STREAMS]; /* computing and reading, one by one */
     double stream_output[RADDLE_BLEND_MAX_STREAMS];  /* tokens of a request, on average */

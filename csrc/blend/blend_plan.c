@@ -37,7 +37,10 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
                                      const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan) {
     const int32_t count = trie->num_requests;
-    raddle_blend_plan plan = {.num_streams = 1, .stream_end = {count}, .stream_seconds = {1}};
+    raddle_blend_plan plan = {.num_streams = 1,
+                              .window = policy == RADDLE_BLEND_LPM ? RADDLE_BLEND_LPM_WINDOW : 1,
+                              .stream_end = {count},
+                              .stream_seconds = {1}};
     const size_t bytes = (size_t)count * sizeof(int32_t);
     plan.order = raddle_alloc(bytes);
     if (plan.order == NULL) {

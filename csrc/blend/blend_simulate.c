@@ -54,7 +54,8 @@ typedef struct run {
     int32_t *ring; /* first request that ends at a step, by step modulo its size */
     int64_t ring_size;
     int64_t step;
-    int32_t next[RADDLE_BLEND_MAX_STREAMS]; /* in the plan's order */
+    int32_t *order;                         /* the plan's, with what a window puts first */
+    int32_t next[RADDLE_BLEND_MAX_STREAMS]; /* in order */
     double seconds_done[RADDLE_BLEND_MAX_STREAMS], lead[RADDLE_BLEND_MAX_STREAMS];
     bool is_ramped;      /* the pool was full once */
     int32_t again;       /* first of those that stepped back */
@@ -236,6 +237,25 @@ static void preempt(run *r) {
 
 /* ------------------------------------------------------------------ a step */
 
+/* Of a stream's window, puts the request first that has most in memory; the others keep their order. */
+static void put_longest_first(run *r, int32_t stream) {
+    const int32_t begin = r->next[stream], left = r->plan->stream_end[stream] - begin;
+    const int32_t window = r->plan->window < left ? r->plan->window : left;
+    int32_t best = 0;
+    int64_t most = -1;
+    for (int32_t i = 0; i < window; i++) {
+        const int64_t cached =
+            raddle_blend_pool_cached(&r->pool, r->lives[r->order[begin + i]].node);
+        if (cached > most) {
+            most = cached;
+            best = i;
+        }
+    }
+    const int32_t first = r->order[begin + best];
+    memmove(&r->order[begin + 1], &r->order[begin], (size_t)best * sizeof(int32_t));
+    r->order[begin] = first;
+}
+
 /* Admits one more, if there is one that fits. */
 static bool admit_next(run *r, int64_t chunk) {
     if (r->again != NONE) {
@@ -247,7 +267,10 @@ static bool admit_next(run *r, int64_t chunk) {
         if (stream == NONE) {
             return false;
         }
-        const int32_t request = r->plan->order[r->next[stream]];
+        if (r->plan->window > 1) {
+            put_longest_first(r, stream);
+        }
+        const int32_t request = r->order[r->next[stream]];
         if (admit(r, request, chunk)) {
             r->next[stream]++;
             const raddle_blend_work work =
@@ -400,9 +423,11 @@ static raddle_status open_run(run *r, const raddle_blend_trie *trie) {
     const size_t requests = (size_t)r->store->num_requests;
     r->lives = raddle_alloc_zero(requests * sizeof(life));
     r->prefilling = raddle_alloc(requests * sizeof(int32_t));
-    if (r->lives == NULL || r->prefilling == NULL) {
+    r->order = raddle_alloc(requests * sizeof(int32_t));
+    if (r->lives == NULL || r->prefilling == NULL || r->order == NULL) {
         return raddle_fail_memory(requests * sizeof(life));
     }
+    memcpy(r->order, r->plan->order, requests * sizeof(int32_t));
     RADDLE_TRY(survey(r, trie, &longest));
     r->ring_size = longest + 1;
     r->ring = raddle_alloc((size_t)r->ring_size * sizeof(int32_t));
@@ -430,6 +455,7 @@ static void close_run(run *r) {
     raddle_free(r->lives);
     raddle_free(r->ring);
     raddle_free(r->prefilling);
+    raddle_free(r->order);
 }
 
 raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,

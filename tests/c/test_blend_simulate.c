@@ -191,12 +191,17 @@ static void test_order_decides_what_is_shared(void) {
         run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_DFS);
     const raddle_blend_result random =
         run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_RANDOM);
+    const raddle_blend_result longest_prefix =
+        run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_LPM);
     const raddle_blend_result first_come =
         run_policy(&store, &trie, &cost, &limits, RADDLE_BLEND_FCFS);
     CHECK_INT(depth_first.hit_tokens,
               (int64_t)store.num_blocks * BLOCK - trie.distinct_blocks * BLOCK);
     CHECK(random.hit_tokens < depth_first.hit_tokens / 2);
     CHECK(first_come.hit_tokens < depth_first.hit_tokens / 2);
+    /* Its window holds three of each prefix, ten of which there are. */
+    CHECK(longest_prefix.hit_tokens > depth_first.hit_tokens / 2);
+    CHECK(longest_prefix.hit_tokens < depth_first.hit_tokens);
     CHECK(depth_first.seconds < random.seconds);
     raddle_blend_trie_fini(&trie);
     raddle_blend_store_fini(&store);
