@@ -131,6 +131,11 @@ typedef struct raddle_blend_work {
     double reads;  /* tokens of K and V that decode attention reads */
 } raddle_blend_work;
 
+typedef struct raddle_blend_limits {
+    int64_t pool_tokens; /* of K and V */
+    int32_t step_tokens; /* through the GEMMs of a step */
+} raddle_blend_limits;
+
 raddle_status raddle_blend_cost_check(const raddle_blend_cost *cost);
 double raddle_blend_compute_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
 double raddle_blend_read_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step);
@@ -231,13 +236,15 @@ uint64_t raddle_blend_random(uint64_t *state);
 /* lengths [num_requests]: what is thought of outputs; NULL: they are known. seed is for
  * RANDOM alone. */
 raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                     const raddle_blend_cost *cost, raddle_blend_policy policy,
+                                     const raddle_blend_cost *cost,
+                                     const raddle_blend_limits *limits, raddle_blend_policy policy,
                                      const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan);
 void raddle_blend_plan_fini(raddle_blend_plan *plan);
 /* paced: the strata. plan->order has room. */
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                       const raddle_blend_limits *limits,
                                        const raddle_blend_length *lengths, raddle_blend_plan *plan);
 /* Seconds to compute and to read, as if nothing hid either; weights are read for all, and GEMMs run at
  * the last rate. out_read, the second of them, may be NULL. */
@@ -245,11 +252,6 @@ double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_bl
                                   double *out_read);
 
 /* ------------------------------------------------------------------ what a run takes */
-
-typedef struct raddle_blend_limits {
-    int64_t pool_tokens; /* of K and V */
-    int32_t step_tokens; /* through the GEMMs of a step */
-} raddle_blend_limits;
 
 typedef struct raddle_blend_result {
     double seconds, bound_seconds; /* of the run; that no order beats */

@@ -9,12 +9,14 @@
  */
 #include "blend/blend.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "base/alloc.h"
 
 enum {
-    LEAST_STRATA = 8,
+    LEAST_BY_SHARE = 8,
+    POOL_PATHS = 20,        /* that the pool holds, for each stratum */
     UNITS_PER_STRATUM = 8,  /* at least: so that strata come out even */
     STRATA_TIMES_SHARE = 4, /* of prompts, the share that others have too */
 };
@@ -60,19 +62,24 @@ static void add_up(dealing *d, const raddle_blend_cost *cost) {
     }
 }
 
-/* More strata mix more evenly, and each reads shared prefixes that others read too: as many as what
- * there is to share allows. */
-static int32_t count_strata(const dealing *d) {
-    int64_t tokens = 0;
+/* More strata mix more evenly, and each reads shared prefixes that others read too, and keeps one in
+ * memory: as many as what there is to share allows, and the pool. A request's path is as long as what
+ * it shares with others. */
+static int32_t count_strata(const dealing *d, const raddle_blend_limits *limits) {
+    const raddle_blend_node *nodes = d->trie->nodes;
+    double tokens = 0, blocks = 0;
     for (int32_t k = 0; k < d->trie->num_requests; k++) {
-        tokens += d->store->requests[k].prompt_tokens;
+        const raddle_blend_node *node = &nodes[d->trie->node_of[k]];
+        const bool is_alone = node->request_end - node->request_begin == 1;
+        tokens += d->store->requests[d->trie->order[k]].prompt_tokens;
+        blocks += is_alone && node->parent >= 0 ? nodes[node->parent].depth : node->depth;
     }
+    const double path = blocks * d->store->block_size / d->trie->num_requests;
     const double shared =
         (double)(d->store->num_blocks - d->trie->distinct_blocks) * d->store->block_size;
-    const double fit = STRATA_TIMES_SHARE * (double)tokens / (shared + 1);
-    return fit < LEAST_STRATA               ? LEAST_STRATA
-           : fit < RADDLE_BLEND_MAX_STREAMS ? (int32_t)fit
-                                            : RADDLE_BLEND_MAX_STREAMS;
+    const double by_share = fmax(STRATA_TIMES_SHARE * tokens / (shared + 1), LEAST_BY_SHARE);
+    const double by_pool = (double)limits->pool_tokens / (POOL_PATHS * (path + 1));
+    return (int32_t)fmax(fmin(fmin(by_share, by_pool), RADDLE_BLEND_MAX_STREAMS), 1);
 }
 
 static void add_unit(dealing *d, int32_t begin, int32_t end) {
@@ -155,6 +162,7 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
 
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                       const raddle_blend_limits *limits,
                                        const raddle_blend_length *lengths,
                                        raddle_blend_plan *plan) {
     const size_t count = (size_t)trie->num_requests;
@@ -167,7 +175,7 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
         status = raddle_fail_memory(count * sizeof(unit));
     } else if (count > 0) {
         add_up(&d, cost);
-        d.num_strata = count_strata(&d);
+        d.num_strata = count_strata(&d, limits);
         d.most = seconds_between(&d, 0, trie->num_requests) / (d.num_strata * UNITS_PER_STRATUM);
         open_units(&d);
         deal(&d, plan);

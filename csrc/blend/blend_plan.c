@@ -33,7 +33,8 @@ double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_bl
 }
 
 raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                     const raddle_blend_cost *cost, raddle_blend_policy policy,
+                                     const raddle_blend_cost *cost,
+                                     const raddle_blend_limits *limits, raddle_blend_policy policy,
                                      const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan) {
     const int32_t count = trie->num_requests;
@@ -53,7 +54,7 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
     if (policy == RADDLE_BLEND_RANDOM) {
         shuffle(plan.order, count, seed);
     } else if (policy == RADDLE_BLEND_PACED) {
-        status = raddle_blend_plan_strata(store, trie, cost, lengths, &plan);
+        status = raddle_blend_plan_strata(store, trie, cost, limits, lengths, &plan);
     }
     if (status != RADDLE_OK) {
         raddle_blend_plan_fini(&plan);

@@ -20,7 +20,7 @@
 
 enum { NONE = -1 };
 
-static const double FULL = 0.95, TOO_EMPTY = 0.6; /* of the pool */
+static const double FULL = 0.95, TOO_EMPTY = 0.8; /* of the pool */
 static const double LEAD = 0.5;                   /* of the time that an output takes */
 
 /* A request on its way. */

@@ -126,8 +126,8 @@ static void test_random_workloads(void) {
         for (int policy = RADDLE_BLEND_FCFS; policy <= RADDLE_BLEND_PACED; policy++) {
             const raddle_blend_cost cost = model(0.01 * random_below(101), 1e9);
             raddle_blend_plan plan;
-            CHECK_OK(raddle_blend_plan_make(&store, &trie, &cost, (raddle_blend_policy)policy, NULL,
-                                            7, &plan));
+            CHECK_OK(raddle_blend_plan_make(&store, &trie, &cost, &limits,
+                                            (raddle_blend_policy)policy, NULL, 7, &plan));
             check_plan(&store, &plan);
             raddle_blend_result result, again;
             CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result));
@@ -161,7 +161,7 @@ static raddle_blend_result run_policy(const raddle_blend_store *store,
                                       raddle_blend_policy policy) {
     raddle_blend_plan plan;
     raddle_blend_result result = {0};
-    CHECK_OK(raddle_blend_plan_make(store, trie, cost, policy, NULL, 1, &plan));
+    CHECK_OK(raddle_blend_plan_make(store, trie, cost, limits, policy, NULL, 1, &plan));
     CHECK_OK(raddle_blend_simulate(store, trie, cost, limits, &plan, NULL, &result));
     raddle_blend_plan_fini(&plan);
     return result;
@@ -293,7 +293,8 @@ static void test_what_cannot_be_simulated(void) {
     const raddle_blend_cost cost = model(0.3, 1e9);
     raddle_blend_limits limits = {.pool_tokens = 100, .step_tokens = 16};
     raddle_blend_plan plan;
-    CHECK_OK(raddle_blend_plan_make(&store, &trie, &cost, RADDLE_BLEND_FCFS, NULL, 0, &plan));
+    CHECK_OK(
+        raddle_blend_plan_make(&store, &trie, &cost, &limits, RADDLE_BLEND_FCFS, NULL, 0, &plan));
     raddle_blend_result result = {.steps = -5};
     CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
                 RADDLE_ERR_VALUE, "request 0 has 110 tokens, the pool 100");
