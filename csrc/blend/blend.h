@@ -34,6 +34,7 @@ typedef struct raddle_blend_store {
     uint64_t *blocks; /* ids of all requests, one after the other */
 } raddle_blend_store;
 
+/* block_size: at least 1. */
 void raddle_blend_store_init(raddle_blend_store *store, int32_t block_size);
 void raddle_blend_store_fini(raddle_blend_store *store);
 /* Appends a request; first_block is filled in. blocks: an id for each full block, equal where the
@@ -68,6 +69,10 @@ typedef struct raddle_blend_trie {
 /* Compresses chains while it builds: time follows the blocks, memory the requests. */
 raddle_status raddle_blend_trie_build(const raddle_blend_store *store, raddle_blend_trie *out_trie);
 void raddle_blend_trie_fini(raddle_blend_trie *trie);
+/* Blocks that the k-th request of the tree's order shares with those before it (the last of them
+ * shares most), and with any other. */
+int32_t raddle_blend_trie_shared_before(const raddle_blend_trie *trie, int32_t k);
+int32_t raddle_blend_trie_shared(const raddle_blend_trie *trie, int32_t k);
 
 /* ------------------------------------------------------------------ the pool of K and V */
 
@@ -81,7 +86,6 @@ typedef struct raddle_blend_pool {
     int32_t block_size;
     int64_t capacity, shared_tokens, own_tokens;
     int64_t evictable_tokens; /* of shared_tokens: resident and read by no running request */
-    int64_t hit_tokens;       /* that were found in all acquisitions */
     struct raddle_blend_residence *nodes; /* [num_nodes] */
     int32_t oldest, newest; /* evictable nodes without resident children, by last use */
 } raddle_blend_pool;

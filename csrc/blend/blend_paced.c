@@ -44,15 +44,11 @@ static double seconds_between(const dealing *d, int32_t begin, int32_t end) {
 /* What each request adds when all come depth first: the prefix that it shares with the one before it
  * is computed already. */
 static void add_up(dealing *d, const raddle_blend_cost *cost) {
-    const raddle_blend_node *nodes = d->trie->nodes;
     d->compute[0] = d->read[0] = 0;
     for (int32_t k = 0; k < d->trie->num_requests; k++) {
-        const int32_t request = d->trie->order[k], node = d->trie->node_of[k];
-        int32_t common = k == 0 ? 0 : d->trie->node_of[k - 1];
-        while (!(common <= node && node < nodes[common].end)) {
-            common = nodes[common].parent;
-        }
-        const int64_t cached = k == 0 ? 0 : (int64_t)nodes[common].depth * d->store->block_size;
+        const int32_t request = d->trie->order[k];
+        const int64_t cached =
+            (int64_t)raddle_blend_trie_shared_before(d->trie, k) * d->store->block_size;
         const raddle_blend_work work =
             raddle_blend_expected_work(d->store, d->lengths, request, cached);
         double read = 0;
@@ -66,13 +62,10 @@ static void add_up(dealing *d, const raddle_blend_cost *cost) {
  * memory: as many as what there is to share allows, and the pool. A request's path is as long as what
  * it shares with others. */
 static int32_t count_strata(const dealing *d, const raddle_blend_limits *limits) {
-    const raddle_blend_node *nodes = d->trie->nodes;
     double tokens = 0, blocks = 0;
     for (int32_t k = 0; k < d->trie->num_requests; k++) {
-        const raddle_blend_node *node = &nodes[d->trie->node_of[k]];
-        const bool is_alone = node->request_end - node->request_begin == 1;
         tokens += d->store->requests[d->trie->order[k]].prompt_tokens;
-        blocks += is_alone && node->parent >= 0 ? nodes[node->parent].depth : node->depth;
+        blocks += raddle_blend_trie_shared(d->trie, k);
     }
     const double path = blocks * d->store->block_size / d->trie->num_requests;
     const double shared =
@@ -156,7 +149,6 @@ static void deal(dealing *d, raddle_blend_plan *plan) {
     for (int32_t i = 0, begin = 0; i < plan->num_streams; begin = plan->stream_end[i++]) {
         plan->stream_output[i] /= plan->stream_end[i] - begin;
     }
-    plan->num_streams = plan->num_streams > 0 ? plan->num_streams : 1;
     plan->is_paced = true;
 }
 

@@ -37,6 +37,7 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
                                      const raddle_blend_limits *limits, raddle_blend_policy policy,
                                      const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan) {
+    RADDLE_TRY(raddle_blend_cost_check(cost));
     const int32_t count = trie->num_requests;
     raddle_blend_plan plan = {.num_streams = 1,
                               .window = policy == RADDLE_BLEND_LPM ? RADDLE_BLEND_LPM_WINDOW : 1,

@@ -174,7 +174,6 @@ bool raddle_blend_pool_acquire(raddle_blend_pool *pool, int32_t node, int64_t ow
     pool->shared_tokens += missing;
     pool->own_tokens += own;
     *out_cached = (int64_t)nodes[found].depth * pool->block_size;
-    pool->hit_tokens += *out_cached;
     return true;
 }
 

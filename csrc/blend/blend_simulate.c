@@ -35,7 +35,6 @@ typedef struct life {
     int64_t end;          /* the step of the last token, once it decodes */
     int32_t next;         /* in the ring, or in the list of those to be admitted again */
     int32_t older, newer; /* among the decoding, by when they began */
-    bool is_decoding;
 } life;
 
 typedef struct run {
@@ -142,7 +141,6 @@ static bool admit(run *r, int32_t request, int64_t chunk) {
 
 static void push_decoding(run *r, int32_t request) {
     life *l = &r->lives[request];
-    l->is_decoding = true;
     l->older = r->newest;
     l->newer = NONE;
     if (r->newest != NONE) {
@@ -155,7 +153,6 @@ static void push_decoding(run *r, int32_t request) {
 
 static void remove_decoding(run *r, int32_t request, int64_t held) {
     life *l = &r->lives[request];
-    l->is_decoding = false;
     if (l->older != NONE) {
         r->lives[l->older].newer = l->newer;
     }
@@ -368,7 +365,7 @@ static raddle_status check_request(const run *r, int32_t i) {
 
 /* Adds up what there is to do at the least, and finds the longest output. */
 static raddle_status survey(run *r, const raddle_blend_trie *trie, int64_t *out_longest) {
-    int64_t longest = 1, cached = 0;
+    int64_t longest = 1;
     for (int32_t k = 0; k < trie->num_requests; k++) {
         const int32_t i = trie->order[k];
         const raddle_blend_request *request = &r->store->requests[i];
@@ -377,14 +374,9 @@ static raddle_status survey(run *r, const raddle_blend_trie *trie, int64_t *out_
         longest = request->output_tokens > longest ? request->output_tokens : longest;
         r->result.prompt_tokens += request->prompt_tokens;
         r->result.output_tokens += request->output_tokens;
-        /* In this order, what the one before it shares is all that is known of it. A repeated prompt
-         * counts as nothing, though its last token has to be computed. */
-        const raddle_blend_node *nodes = trie->nodes;
-        int32_t common = k == 0 ? 0 : trie->node_of[k - 1];
-        while (!(common <= trie->node_of[k] && trie->node_of[k] < nodes[common].end)) {
-            common = nodes[common].parent;
-        }
-        cached = k == 0 ? 0 : (int64_t)nodes[common].depth * r->store->block_size;
+        /* A repeated prompt counts as nothing, though its last token has to be computed. */
+        const int64_t cached =
+            (int64_t)raddle_blend_trie_shared_before(trie, k) * r->store->block_size;
         const raddle_blend_work work =
             raddle_blend_request_work(request->prompt_tokens, cached, request->output_tokens);
         r->total.tokens += work.tokens;
@@ -393,11 +385,8 @@ static raddle_status survey(run *r, const raddle_blend_trie *trie, int64_t *out_
         const raddle_blend_work left = raddle_blend_expected_work(r->store, r->lengths, i, cached);
         r->left.tokens += left.tokens;
         r->left.reads += left.reads;
-        const raddle_blend_node *own = &nodes[trie->node_of[k]];
-        const bool is_alone = own->request_end - own->request_begin == 1;
-        const int32_t above =
-            is_alone && own->parent != NONE ? nodes[own->parent].depth : own->depth;
-        const double alone = request->prompt_tokens - (double)above * r->store->block_size;
+        const double alone = request->prompt_tokens -
+                             (double)raddle_blend_trie_shared(trie, k) * r->store->block_size;
         const double steps = request->output_tokens - 1;
         r->own_steps += alone * steps + steps * (steps + 1) / 2;
     }

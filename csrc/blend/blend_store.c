@@ -7,7 +7,10 @@
 #include "base/alloc.h"
 #include "base/hash.h"
 
-enum { MAX_REQUESTS = 1 << 28 }; /* whose tree has numbers of 32 bits */
+enum {
+    MAX_REQUESTS = 1 << 28, /* whose tree has numbers of 32 bits */
+    MAX_GROUPS = 1 << 20,
+};
 
 void raddle_blend_store_init(raddle_blend_store *store, int32_t block_size) {
     *store = (raddle_blend_store){.block_size = block_size};
@@ -52,6 +55,11 @@ static raddle_status check_request(const raddle_blend_store *store,
     RADDLE_REQUIRE(request->max_tokens >= 1, RADDLE_ERR_VALUE,
                    "max_tokens: expected at least 1, got %d (request %lld)",
                    (int)request->max_tokens, (long long)store->num_requests);
+    RADDLE_REQUIRE(request->max_tokens <= INT32_MAX - request->prompt_tokens, RADDLE_ERR_VALUE,
+                   "max_tokens: expected at most %d with an input_length of %d, got %d (request "
+                   "%lld)",
+                   INT32_MAX - (int)request->prompt_tokens, (int)request->prompt_tokens,
+                   (int)request->max_tokens, (long long)store->num_requests);
     RADDLE_REQUIRE(
         request->output_tokens == RADDLE_BLEND_UNKNOWN ||
             (request->output_tokens >= 1 && request->output_tokens <= request->max_tokens),
@@ -60,8 +68,8 @@ static raddle_status check_request(const raddle_blend_store *store,
         "%d (request %lld)",
         (int)request->max_tokens, RADDLE_BLEND_UNKNOWN, (int)request->output_tokens,
         (long long)store->num_requests);
-    RADDLE_REQUIRE(request->group >= 0, RADDLE_ERR_VALUE,
-                   "source: expected a number from 0 on, got %d (request %lld)",
+    RADDLE_REQUIRE(request->group >= 0 && request->group < MAX_GROUPS, RADDLE_ERR_VALUE,
+                   "source: expected a number from 0 to %d, got %d (request %lld)", MAX_GROUPS - 1,
                    (int)request->group, (long long)store->num_requests);
     RADDLE_REQUIRE(isfinite(request->weight) && request->weight > 0, RADDLE_ERR_VALUE,
                    "weight: expected a positive number, got %g (request %lld)",

@@ -236,6 +236,24 @@ static raddle_status open_trie(const builder *b, raddle_blend_trie *trie) {
     return take((void **)&trie->node_of, requests, sizeof(int32_t));
 }
 
+int32_t raddle_blend_trie_shared_before(const raddle_blend_trie *trie, int32_t k) {
+    if (k == 0) {
+        return 0;
+    }
+    const int32_t node = trie->node_of[k];
+    int32_t common = trie->node_of[k - 1];
+    while (!(common <= node && node < trie->nodes[common].end)) {
+        common = trie->nodes[common].parent;
+    }
+    return trie->nodes[common].depth;
+}
+
+int32_t raddle_blend_trie_shared(const raddle_blend_trie *trie, int32_t k) {
+    const raddle_blend_node *node = &trie->nodes[trie->node_of[k]];
+    const bool is_alone = node->request_end - node->request_begin == 1;
+    return is_alone && node->parent != NONE ? trie->nodes[node->parent].depth : node->depth;
+}
+
 void raddle_blend_trie_fini(raddle_blend_trie *trie) {
     raddle_free(trie->nodes);
     raddle_free(trie->order);

@@ -6,6 +6,7 @@
 
 #include "base/alloc.h"
 #include "check.h"
+#include "random.h"
 
 enum { MAX_BATCH = 544 };
 
@@ -17,13 +18,6 @@ typedef struct problem {
     raddle_attention_schedule schedule;
     int32_t batch;
 } problem;
-
-static uint64_t random_state = 7;
-
-static inline int32_t random_below(int32_t limit) {
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (int32_t)((random_state >> 33) % (uint64_t)limit);
-}
 
 static inline void start(problem *p, int32_t workers, int32_t group_size, int32_t kv_heads,
                          int32_t heads_per_item, int32_t tile_rows, int32_t tile_kv,

@@ -4,18 +4,12 @@
 #include <math.h>
 
 #include "check.h"
+#include "random.h"
 
 #include "base/alloc.h"
 #include "blend/blend.h"
 
 enum { BLOCK = 4, GROUPS = 4, MOST = 120 };
-
-static uint64_t random_state = 5;
-
-static int32_t random_below(int32_t limit) {
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (int32_t)((random_state >> 33) % (uint64_t)limit);
-}
 
 static void add(raddle_blend_store *store, const uint64_t *blocks, int32_t count, int32_t group,
                 int32_t output, int32_t most) {
@@ -233,6 +227,7 @@ static void test_samples(void) {
 }
 
 int main(void) {
+    random_state = 5;
     test_guesses();
     test_room();
     test_expected_work();

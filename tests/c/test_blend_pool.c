@@ -1,18 +1,12 @@
 // needs: base/status.c base/alloc.c base/hash.c blend/blend_store.c blend/blend_trie.c blend/blend_pool.c
 /* test_blend_pool.c - what is resident, against sets that are counted anew after every step. */
 #include "check.h"
+#include "random.h"
 
 #include "base/alloc.h"
 #include "blend/blend.h"
 
 enum { BLOCK = 4, REQUESTS = 60, CAPACITY = 300 };
-
-static uint64_t random_state = 3;
-
-static int32_t random_below(int32_t limit) {
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (int32_t)((random_state >> 33) % (uint64_t)limit);
-}
 
 typedef struct world {
     raddle_blend_store store;
@@ -190,6 +184,7 @@ static void test_depth_first_finds_all_there_is(void) {
 }
 
 int main(void) {
+    random_state = 3;
     test_random_lives();
     test_depth_first_finds_all_there_is();
     CHECK_INT(raddle_alloc_live(), 0);

@@ -4,18 +4,12 @@
 #include <math.h>
 
 #include "check.h"
+#include "random.h"
 
 #include "base/alloc.h"
 #include "blend/blend.h"
 
 enum { BLOCK = 8 };
-
-static uint64_t random_state = 21;
-
-static int32_t random_below(int32_t limit) {
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (int32_t)((random_state >> 33) % (uint64_t)limit);
-}
 
 static raddle_blend_cost model(double alpha, double weight_bytes) {
     return (raddle_blend_cost){
@@ -293,6 +287,11 @@ static void test_what_cannot_be_simulated(void) {
     const raddle_blend_cost cost = model(0.3, 1e9);
     raddle_blend_limits limits = {.pool_tokens = 100, .step_tokens = 16};
     raddle_blend_plan plan;
+    raddle_blend_cost rateless = cost;
+    rateless.num_rates = 0;
+    CHECK_FAILS(raddle_blend_plan_make(&store, &trie, &rateless, &limits, RADDLE_BLEND_PACED, NULL,
+                                       0, &plan),
+                RADDLE_ERR_VALUE, "gemm_rate");
     CHECK_OK(
         raddle_blend_plan_make(&store, &trie, &cost, &limits, RADDLE_BLEND_FCFS, NULL, 0, &plan));
     raddle_blend_result result = {.steps = -5};
@@ -316,6 +315,7 @@ static void test_what_cannot_be_simulated(void) {
 }
 
 int main(void) {
+    random_state = 21;
     test_forecast();
     test_random_workloads();
     test_order_decides_what_is_shared();

@@ -1,18 +1,12 @@
 // needs: base/status.c base/alloc.c base/hash.c blend/blend_store.c blend/blend_trie.c
 /* test_blend_trie.c - requests in, their prefixes out: against comparing every pair of them. */
 #include "check.h"
+#include "random.h"
 
 #include "base/alloc.h"
 #include "blend/blend.h"
 
 enum { BLOCK = 4, MAX_BLOCKS = 12 };
-
-static uint64_t random_state = 11;
-
-static int32_t random_below(int32_t limit) {
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (int32_t)((random_state >> 33) % (uint64_t)limit);
-}
 
 static void add(raddle_blend_store *store, const uint64_t *blocks, int32_t num_blocks) {
     const raddle_blend_request request = {
@@ -207,8 +201,10 @@ static void test_bad_requests(void) {
         raddle_blend_request request;
         const char *words;
     } cases[] = {
-        {good, "input_length"},  {good, "hash_ids"}, {good, "max_tokens"}, {good, "output_length"},
-        {good, "output_length"}, {good, "source"},   {good, "weight"},     {good, "weight"},
+        {good, "input_length"},  {good, "hash_ids"},      {good, "max_tokens"},
+        {good, "output_length"}, {good, "output_length"}, {good, "source"},
+        {good, "weight"},        {good, "weight"},        {good, "source"},
+        {good, "max_tokens"},
     };
     cases[0].request.prompt_tokens = 0;
     cases[1].request.num_blocks = 3;
@@ -218,6 +214,8 @@ static void test_bad_requests(void) {
     cases[5].request.group = -1;
     cases[6].request.weight = 0.0f;
     cases[7].request.weight = (float)(0.0 / 1e-300 * 1e300) - 1.0f;
+    cases[8].request.group = INT32_MAX;
+    cases[9].request.max_tokens = INT32_MAX;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         CHECK_FAILS(raddle_blend_store_add(&store, &cases[i].request, blocks), RADDLE_ERR_VALUE,
                     cases[i].words);
@@ -229,6 +227,7 @@ static void test_bad_requests(void) {
 }
 
 int main(void) {
+    random_state = 11;
     test_random_requests();
     test_a_deep_chain();
     test_memory_follows_the_requests();
