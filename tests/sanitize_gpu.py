@@ -123,10 +123,23 @@ def check_widths(rng):
             assert_close(got, batch.expected()[0], "bfloat16")
 
 
+def check_rows(rng):
+    """Tiles of 16 to 32 rows of a K/V head, of which some requests are cut."""
+    for group_size, head_dim in ((16, 128), (24, 128), (32, 128), (32, 64)):
+        heads = dict(num_qo_heads=2 * group_size, num_kv_heads=2, head_dim=head_dim)
+        batch = Batch(rng, [0, 1, 17, 700], **heads)
+        plan = BatchDecode(page_size=16, max_batch=80, max_pages=80, device="cuda", **heads)
+        plan.plan(batch.indptr, batch.indices, batch.last_page_len)
+        out = plan.run(put(batch.q, "bfloat16"), put(batch.kv_cache, "bfloat16"))
+        got = from_bits(out.to("cpu").numpy(), "bfloat16")
+        assert_close(got, batch.expected()[0], "bfloat16")
+
+
 def main():
     rng = np.random.default_rng(0)
     check_variants(rng)
     check_widths(rng)
+    check_rows(rng)
     for head_dim in (64, 80, 128, 256):
         check_attention(rng, head_dim=head_dim)
         check_attention(rng, head_dim=head_dim, qo_lens=[2, 1, 5, 70])

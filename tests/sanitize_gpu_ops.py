@@ -75,6 +75,18 @@ def check_fp8(rng, dtype):
     )
 
 
+def linear(x, weight, bias, dtype):
+    return ops.Linear(weight, bias, dtype=dtype)(x)
+
+
+def check_linear(rng, dtype, n, width):
+    """Few rows: our own kernel, whose tiles, chunks and rows are not all there."""
+    arrays = [
+        to_bits(rng.standard_normal(shape), dtype) for shape in ((3, width), (n, width), (n,))
+    ]
+    compare("linear", linear, arrays, dtype)
+
+
 def top_ids(logits, ids, dtype):
     return ops.token_logprobs(logits, ids, top=5, dtype=dtype)[1]
 
@@ -106,6 +118,8 @@ def main():
         for width in (33, 64, 256):
             check_rows(rng, dtype, width)
         check_fp8(rng, dtype)
+        for n, width in ((40, 8), (9, 264), (4300, 1032)):
+            check_linear(rng, dtype, n, width)
         for vocab in (40, 1025, 5000):
             check_vocabularies(rng, dtype, vocab)
     ids, table = put(np.array([3, 0], np.int32), "cuda"), put(np.ones((4, 33), np.float32), "cuda")

@@ -14,20 +14,27 @@ def rng(request):
     return np.random.default_rng(sum(request.node.name.encode()))
 
 
-@pytest.mark.parametrize("group_size, qo_len", [(20, 1), (32, 1), (11, 3), (16, 4), (64, 1)])
+ROWS = [(20, 1), (32, 1), (11, 3), (8, 4), (40, 1), (16, 4), (64, 1)]
+
+
+@pytest.mark.parametrize("group_size, qo_len", ROWS)
 @pytest.mark.parametrize("fixed_chunk, window_left", [(0, -1), (0, 99), (64, -1)])
-def test_many_rows_of_a_head(rng, device, group_size, qo_len, fixed_chunk, window_left):
-    """More than a warp holds; requests with fewer, and with cuts."""
-    heads = dict(num_qo_heads=2 * group_size, num_kv_heads=2, head_dim=64)
+@pytest.mark.parametrize("head_dim, max_batch", [(64, 4), (64, 80), (96, 80), (128, 80)])
+def test_many_rows_of_a_head(
+    rng, device, head_dim, max_batch, group_size, qo_len, fixed_chunk, window_left
+):
+    """More than a warp holds, or all that it does where requests may be many; with cuts."""
+    heads = dict(num_qo_heads=2 * group_size, num_kv_heads=2, head_dim=head_dim)
+    limits = dict(max_batch=max_batch)
     dtype = "float32" if device == "cpu" else "float16"
     lens = [2000, 3, 0, 70]
     qo_lens = [qo_len, 1, qo_len, qo_len]
     batch = Batch(rng, lens, qo_lens=None if qo_len == 1 else qo_lens, dtype=dtype, **heads)
     options = dict(fixed_chunk=fixed_chunk, window_left=window_left, **heads)
     if qo_len == 1:
-        check(batch, device, decode=True, **options)
+        check(batch, device, decode=True, limits=limits, **options)
     else:
-        check(batch, device, causal=True, limits=dict(max_qo_len=qo_len), **options)
+        check(batch, device, causal=True, limits=dict(limits, max_qo_len=qo_len), **options)
 
 
 WIDTHS = [

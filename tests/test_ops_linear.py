@@ -23,7 +23,8 @@ def rng(request):
 @pytest.mark.parametrize(
     "n,out_features,in_features",
     [(1, 128, 256), (1, 33, 257), (2, 1, 1), (5, 31, 64), (12, 96, 1000), (13, 64, 255),
-     (64, 160, 512), (300, 70, 130), (0, 8, 8), (3, 0, 8)],
+     (64, 160, 512), (300, 70, 130), (8, 39, 1032), (9, 39, 1032), (7, 5000, 16), (3, 4500, 2056),
+     (0, 8, 8), (3, 0, 8)],
 )  # fmt: skip
 def test_linear(device, rng, dtype, n, out_features, in_features):
     weight, weight_value = draw(rng, (out_features, in_features), dtype, device, in_features**-0.5)
@@ -58,6 +59,24 @@ def test_linear_of_strided_rows(device, rng):
     want = wide[:, 32:96].astype(np.float64) @ weight_value.T
     assert_rounded(got[:, 16:64], want, "float32", slack=2e-6)
     assert np.isnan(got[:, :16]).all() and np.isnan(got[:, 64:]).all()
+
+
+def test_linear_waits_for_its_input(device, rng):
+    """It may start before what writes x has ended, and what reads the result before it has."""
+    gain = put(np.ones(4096, np.float16), device)
+    weights = [draw(rng, (n, 4096), "float16", device, 4096**-0.5) for n in (4096, 24)]
+    wide, narrow = (ops.Linear(weight) for weight, _ in weights)
+    rows = [draw(rng, (2, 4096), "float16", device) for _ in range(8)]
+    x, y = (put(np.zeros((2, 4096), np.float16), device) for _ in range(2))
+    outs = [put(np.zeros((2, 24), np.float32), device) for _ in rows]
+    for (row, _), out in zip(rows, outs):
+        ops.rmsnorm(row, gain, 0.0, out=x)
+        wide(x, out=y)
+        narrow(y, out=out)
+    for (_, value), out in zip(rows, outs):
+        normed = value / np.sqrt((value**2).mean(-1, keepdims=True))
+        want = normed @ weights[0][1].T @ weights[1][1].T
+        np.testing.assert_allclose(get(out), want, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

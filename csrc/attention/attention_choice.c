@@ -2,8 +2,12 @@
  * from (H100 80GB HBM3, CUDA 13.0; 32/8 heads, head_dim 128, bf16 unless said).
  *
  * Few packed rows (query heads of a group x query tokens of a request) go to the decode kernel,
- * which holds K, V and outputs in registers: up to 16 rows in one tile, up to twice as many in two
- * tiles, the second of which finds K and V in the L2. More go to the prefill kernel.
+ * which holds K, V and outputs in registers: up to 16 rows in one tile, up to 32 in one or in two,
+ * the second of which finds K and V in the L2. One has partials that take twice as long to merge,
+ * which few requests and heads, cut into many parts, do not make up for (H200, us, one and two tiles
+ * of 32 rows: 32 x 4096, 64/8 heads, 4 query tokens 181 and 255; 64 x 4096, 8 query tokens 362 and
+ * 505; 32 x 4096, 32/1 heads 31.0 and 31.0; 4 x 4096, 32/1 24.1 and 13.6). More rows go to the
+ * prefill kernel.
  */
 #include "attention/attention_choice.h"
 
@@ -24,7 +28,7 @@ enum {
     DECODE_LOGIT_REGISTERS = 16,
     DECODE_PAIR_REGISTERS = 24,     /* two chunks as floats, their sines and cosines */
     DECODE_FP8_PAIR_REGISTERS = 40, /* twice as many elements in a chunk */
-    DECODE_MAX_ROW_TILES = 2,
+    DECODE_MAX_ROWS = 32,           /* of a request and K/V head */
 
     /* Rows of all heads of an item, for which partials have room: a merge of more would take longer
      * than wide items save. In fixed-chunk mode the width shapes the order of additions, so that it
@@ -40,8 +44,8 @@ enum {
      */
     PREFILL_SEGMENT_COST = RADDLE_PREFILL_TILE_KV,
 
-    /* Shared memory besides what the kernels are asked for: static (at least), and the driver's. */
-    DECODE_STATIC_BYTES = 10 * 1024,
+    /* Shared memory besides what the kernels are asked for: static (at most), and the driver's. */
+    DECODE_STATIC_BYTES = 25 * 1024,
     PREFILL_STATIC_BYTES = 5200,
     CTA_RESERVED_BYTES = 1024,
 };
@@ -169,21 +173,6 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
     return held + out + work <= DECODE_REGISTERS_ONE_STAGE;
 }
 
-/* Rows of one tile when a request has `rows`; 0 when the prefill kernel should take them. */
-static int32_t decode_tile_rows(const raddle_attention_config *config, int64_t rows,
-                                decode_shape *shape) {
-    for (int32_t most = 2 * RADDLE_DECODE_ROWS; most > 0; most -= RADDLE_DECODE_ROWS) {
-        const int64_t tiles = (rows + most - 1) / most;
-        if (tiles <= DECODE_MAX_ROW_TILES || only_decode(config)) {
-            const int32_t tile_rows = (int32_t)((rows + tiles - 1) / tiles);
-            if (shape_decode(config, tile_rows, shape)) {
-                return tile_rows;
-            }
-        }
-    }
-    return 0;
-}
-
 /* The largest power of two that divides the heads and leaves an item's rows within bounds. */
 static int32_t most_heads_per_item(const raddle_attention_spec *spec,
                                    const raddle_attention_config *config, int32_t tile_rows) {
@@ -196,6 +185,38 @@ static int32_t most_heads_per_item(const raddle_attention_spec *spec,
     return heads;
 }
 
+/* Shared memory of a CTA besides what is static. */
+static int32_t decode_shared_bytes(const raddle_attention_spec *spec,
+                                   const raddle_attention_config *config, int32_t tile_rows,
+                                   const decode_shape *shape) {
+    return raddle_decode_shared_bytes(
+        tile_rows, shape->row_tiles, shape->q_quads, config->head_dim_vo,
+        most_heads_per_item(spec, config, tile_rows), shape->q_in_shared, spec->fixed_chunk > 0);
+}
+
+/* Rows of one tile when a request has `rows`; 0 when the prefill kernel should take them. */
+static int32_t decode_tile_rows(const raddle_attention_spec *spec,
+                                const raddle_attention_config *config,
+                                const raddle_attention_machine *machine, int64_t rows,
+                                decode_shape *shape) {
+    const bool is_plain = !only_decode(config) && !each_logit(config);
+    const bool are_many = 4 * (int64_t)config->num_kv_heads * spec->max_batch > machine->num_sms;
+    for (int32_t most = is_plain && are_many ? 4 * RADDLE_DECODE_ROWS : 2 * RADDLE_DECODE_ROWS;
+         most > 0; most /= 2) {
+        const int64_t tiles = (rows + most - 1) / most;
+        if (!only_decode(config) && (rows > DECODE_MAX_ROWS || tiles > 2)) {
+            continue;
+        }
+        const int32_t tile_rows = (int32_t)((rows + tiles - 1) / tiles);
+        if (shape_decode(config, tile_rows, shape) &&
+            decode_shared_bytes(spec, config, tile_rows, shape) + DECODE_STATIC_BYTES <=
+                machine->shared_bytes) {
+            return tile_rows;
+        }
+    }
+    return 0;
+}
+
 /* Tokens of one K/V head that a worker reads meanwhile. */
 static int32_t tokens_in(int32_t ns, int32_t bytes_per_us, int32_t token_bytes) {
     return (int32_t)((int64_t)ns * bytes_per_us / 1000 / token_bytes) + 1;
@@ -205,17 +226,11 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
                           const raddle_attention_machine *machine, int64_t rows,
                           raddle_attention_choice *choice) {
     decode_shape shape;
-    const int32_t tile_rows = decode_tile_rows(config, rows, &shape);
+    const int32_t tile_rows = decode_tile_rows(spec, config, machine, rows, &shape);
     if (tile_rows == 0) {
         return false;
     }
     const int32_t heads = most_heads_per_item(spec, config, tile_rows);
-    const int32_t shared =
-        raddle_decode_shared_bytes(tile_rows, shape.row_tiles, shape.q_quads, config->head_dim_vo,
-                                   heads, shape.q_in_shared, spec->fixed_chunk > 0);
-    if (shared + DECODE_STATIC_BYTES > machine->shared_bytes) {
-        return false;
-    }
     const int32_t token_bytes =
         (config->head_dim_qk + config->head_dim_vo) * (int32_t)raddle_dtype_bytes(config->kv_dtype);
     const int32_t read_rate = machine->read_rate / shape.ctas_per_sm; /* of a worker */
@@ -223,7 +238,7 @@ static bool choose_decode(const raddle_attention_spec *spec, const raddle_attent
         .kernel = "attention/attention_decode",
         .block_threads = 32 * RADDLE_DECODE_WARPS,
         .ctas_per_sm = shape.ctas_per_sm,
-        .shared_bytes = shared,
+        .shared_bytes = decode_shared_bytes(spec, config, tile_rows, &shape),
         .tile_rows = tile_rows,
         .tile_kv = RADDLE_DECODE_TILE_KV,
         .heads_per_item = heads,

@@ -20,6 +20,7 @@ static const char *const names[RADDLE_OPS_NUM_KERNELS] = {
     [RADDLE_OPS_EMBEDDING] = "ops/ops_embedding", [RADDLE_OPS_SOFTMAX] = "ops/ops_softmax",
     [RADDLE_OPS_SAMPLE] = "ops/ops_sample",       [RADDLE_OPS_FILTER] = "ops/ops_filter",
     [RADDLE_OPS_VERIFY] = "ops/ops_verify",       [RADDLE_OPS_LOGPROBS] = "ops/ops_logprobs",
+    [RADDLE_OPS_LINEAR] = "ops/ops_linear",
 };
 
 /* ---------------------------------------------------------------- numbers */
@@ -115,6 +116,10 @@ void raddle_ops_config_text(const raddle_ops_config *config, char text[RADDLE_OP
                  "#define RADDLE_TYPE %s\n#define RADDLE_IS_PROBS %d\n#define RADDLE_VECTOR %d\n",
                  type, (int)config->variant, vector);
         break;
+    case RADDLE_OPS_LINEAR:
+        snprintf(text, size, "#define RADDLE_TYPE %s\n#define RADDLE_OUT_TYPE %s\n", type,
+                 has(config, RADDLE_OPS_LINEAR_F32_OUT) ? "f32" : type);
+        break;
     default:
         snprintf(text, size, "#define RADDLE_TYPE %s\n#define RADDLE_VECTOR %d\n", type, vector);
         break;
@@ -178,6 +183,8 @@ static const raddle_ops_config listed[] = {
     {RADDLE_OPS_LOGPROBS, RADDLE_BF16, true, 0, 0},
     {RADDLE_OPS_LOGPROBS, RADDLE_F32, true, 0, 0},
     {RADDLE_OPS_LOGPROBS, RADDLE_F32, false, 0, 0},
+    {RADDLE_OPS_LINEAR, RADDLE_BF16, true, 0, 0},
+    {RADDLE_OPS_LINEAR, RADDLE_F16, true, RADDLE_OPS_LINEAR_F32_OUT, 0},
 };
 
 int raddle_ops_num_kernel_configs(void) {

@@ -15,6 +15,7 @@ typedef enum raddle_ops_kernel {
     RADDLE_OPS_FILTER,
     RADDLE_OPS_VERIFY,
     RADDLE_OPS_LOGPROBS,
+    RADDLE_OPS_LINEAR,
     RADDLE_OPS_NUM_KERNELS
 } raddle_ops_kernel;
 
@@ -41,6 +42,8 @@ enum {
 };
 /* Of rope's, and of rope_fp8's the first. */
 enum { RADDLE_OPS_ROPE_INTERLEAVE = 1, RADDLE_OPS_ROPE_FROM_TURNS = 2 };
+/* Of linear's. */
+enum { RADDLE_OPS_LINEAR_F32_OUT = 1 };
 
 /* 0 .. raddle_ops_num_config_ids() - 1, different for different configs. */
 int raddle_ops_config_id(const raddle_ops_config *config);

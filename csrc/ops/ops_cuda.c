@@ -10,11 +10,10 @@
 #include <stdatomic.h>
 
 #include "cuda/kernel.h"
-#include "ops/ops_config.h"
 
 enum {
     MAX_CACHED_DEVICES = 16,
-    MAX_CONFIG_IDS = 4096,
+    MAX_CONFIG_IDS = 4608,
     NORM_CTA_THREADS = 128, /* at least; ops_norm.cu's CTA_THREADS */
     ROPE_CTA_THREADS = 128,
     MANY_ROWS = 1024, /* that fill the device with a CTA each */
@@ -47,9 +46,20 @@ static raddle_status get_kernel(const raddle_cuda_device *device, const raddle_o
     return RADDLE_OK;
 }
 
-static raddle_status launch(int32_t index, const raddle_ops_config *config, int64_t grid_x,
-                            int64_t grid_y, unsigned threads, const void *params,
-                            raddle_stream stream) {
+raddle_status raddle_ops_cuda_prepare(int32_t index, const raddle_ops_config *config) {
+    const raddle_cuda_device *device;
+    const raddle_kernel *kernel;
+    bool pushed;
+    RADDLE_TRY(raddle_cuda_device_get(index, &device));
+    RADDLE_TRY(raddle_cuda_push(device, &pushed));
+    const raddle_status status = get_kernel(device, config, &kernel);
+    raddle_cuda_pop(device, pushed);
+    return status;
+}
+
+raddle_status raddle_ops_cuda_launch(int32_t index, const raddle_ops_config *config, int64_t grid_x,
+                                     int64_t grid_y, unsigned threads, const void *params,
+                                     raddle_stream stream) {
     const raddle_cuda_device *device;
     const raddle_kernel *kernel;
     bool pushed;
@@ -110,7 +120,7 @@ static raddle_status run_norm(int32_t device, const raddle_ops_norm_params *p,
                    "x: %lld rows of %d heads are more than the %d that a kernel counts",
                    (long long)p->rows, p->heads, INT_MAX);
     const int64_t grid = divide_up(p->rows * p->heads, threads / config.row_threads);
-    return launch(device, &config, grid, 1, (unsigned)threads, p, stream);
+    return raddle_ops_cuda_launch(device, &config, grid, 1, (unsigned)threads, p, stream);
 }
 
 /* Heads of one CTA: with many rows a thread takes several, for which it has its angles already. */
@@ -147,8 +157,9 @@ static raddle_status run_rope(int32_t device, const raddle_ops_rope_params *p,
     for (int i = 0; !p->cos_sin && i < RADDLE_OPS_MAX_TURNS; i++) {
         whole.turns[i] = i < half ? p->turns[i] : 0;
     }
-    return launch(device, &config, p->rows, divide_up(heads, whole.rope.heads_per_cta),
-                  ROPE_CTA_THREADS, &whole, stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows,
+                                  divide_up(heads, whole.rope.heads_per_cta), ROPE_CTA_THREADS,
+                                  &whole, stream);
 }
 
 /* Whether every part can be read 16 bytes and written as many elements at a time. */
@@ -188,8 +199,8 @@ static raddle_status run_rope_fp8(int32_t device, const raddle_ops_rope_fp8_para
     if (items == 0) {
         return RADDLE_OK;
     }
-    return launch(device, &config, p->rows, divide_up(items, ROPE_CTA_THREADS), ROPE_CTA_THREADS, p,
-                  stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows, divide_up(items, ROPE_CTA_THREADS),
+                                  ROPE_CTA_THREADS, p, stream);
 }
 
 static raddle_status run_act_and_mul(int32_t device, const raddle_ops_act_params *p,
@@ -204,8 +215,8 @@ static raddle_status run_act_and_mul(int32_t device, const raddle_ops_act_params
         .variant = p->activation,
     };
     const int64_t items = p->width / raddle_ops_config_vector(&config);
-    return launch(device, &config, p->rows * p->heads, divide_up(items, ACT_CTA_THREADS),
-                  ACT_CTA_THREADS, p, stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows * p->heads,
+                                  divide_up(items, ACT_CTA_THREADS), ACT_CTA_THREADS, p, stream);
 }
 
 static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_params *p,
@@ -219,8 +230,8 @@ static raddle_status run_embedding(int32_t device, const raddle_ops_embedding_pa
                      is_aligned(p->out, p->out_stride_row, 0, bytes),
     };
     const int64_t items = p->width / raddle_ops_config_vector(&config);
-    return launch(device, &config, p->rows, divide_up(items, EMBEDDING_CTA_THREADS),
-                  EMBEDDING_CTA_THREADS, p, stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows, divide_up(items, EMBEDDING_CTA_THREADS),
+                                  EMBEDDING_CTA_THREADS, p, stream);
 }
 
 /* ---------------------------------------------------------------- logits */
@@ -239,7 +250,7 @@ static raddle_status run_softmax(int32_t device, const raddle_ops_softmax_params
                                  raddle_stream stream) {
     const raddle_ops_config config = logits_config(RADDLE_OPS_SOFTMAX, (raddle_dtype)p->dtype,
                                                    p->logits, p->logits_stride_row, 0);
-    return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
 
 /* Element i * stride of an array, or NULL. */
@@ -282,7 +293,8 @@ static raddle_status launch_rows(int32_t device, const raddle_ops_config *config
         for (int64_t i = 0; i < (whole->settings_step ? rows : 1); i++) {
             params.settings[i] = job->settings[row + i];
         }
-        RADDLE_TRY(launch(device, config, rows, 1, LOGITS_CTA_THREADS, &params, stream));
+        RADDLE_TRY(
+            raddle_ops_cuda_launch(device, config, rows, 1, LOGITS_CTA_THREADS, &params, stream));
     }
     return RADDLE_OK;
 }
@@ -314,7 +326,7 @@ static raddle_status run_verify(int32_t device, const raddle_ops_verify_params *
         .is_vector = is_aligned(p->target, p->target_stride_row, p->target_stride_step,
                                 raddle_dtype_bytes((raddle_dtype)p->dtype)),
     };
-    return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
 
 static raddle_status run_logprobs(int32_t device, const raddle_ops_logprobs_params *p,
@@ -323,7 +335,7 @@ static raddle_status run_logprobs(int32_t device, const raddle_ops_logprobs_para
                    "top: at most %d on CUDA, got %d", RADDLE_OPS_MAX_TOP, p->top);
     const raddle_ops_config config = logits_config(RADDLE_OPS_LOGPROBS, (raddle_dtype)p->dtype,
                                                    p->logits, p->logits_stride_row, 0);
-    return launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
+    return raddle_ops_cuda_launch(device, &config, p->rows, 1, LOGITS_CTA_THREADS, p, stream);
 }
 
 /* ---------------------------------------------------------------- the table */

@@ -1,10 +1,12 @@
 /* ops_cuda_linear.c - the CUDA back end of linear layers: a row-major weight, multiplied by
- * cublasLt.
+ * ops_linear.cu where few rows leave nothing to do but to read it, else by cublasLt.
  *
  * A weight that is on the device already is used where it lies. The bias is kept twice where the
  * weight is not float32: cublasLt wants it in the type of the result, which may be either.
  */
 #include "ops/ops_cuda.h"
+
+#include <limits.h>
 
 #include "base/alloc.h"
 #include "cpu/vec.h"
@@ -127,6 +129,55 @@ static raddle_status pack_bias(raddle_ops_linear *linear, const raddle_backend *
     return status;
 }
 
+/* ---------------------------------------------------------------- few rows */
+
+static raddle_ops_config direct_config(const raddle_ops_linear *linear, raddle_dtype out_dtype) {
+    return (raddle_ops_config){
+        .kernel = RADDLE_OPS_LINEAR,
+        .dtype = linear->dtype,
+        .is_vector = true,
+        .variant = out_dtype == RADDLE_F32 ? RADDLE_OPS_LINEAR_F32_OUT : 0,
+    };
+}
+
+/* Whether rows of this layer can be read 16 bytes at a time, and its outputs counted in 31 bits. */
+static bool has_direct(const raddle_ops_linear *linear) {
+    const int64_t elements = linear->weight_stride_row | linear->in_features;
+    return linear->dtype != RADDLE_F32 && (uintptr_t)linear->weight % 16 == 0 &&
+           elements % 8 == 0 && linear->out_features <= INT_MAX - RADDLE_OPS_LINEAR_OUTPUTS;
+}
+
+static bool is_direct(const raddle_ops_linear *linear, const raddle_ops_linear_args *args) {
+    return args->rows <= RADDLE_OPS_LINEAR_ROWS && has_direct(linear) &&
+           (uintptr_t)args->x % 16 == 0 && args->x_stride_row % 8 == 0;
+}
+
+static raddle_status run_direct(const raddle_cuda_device *device, const raddle_ops_linear *linear,
+                                const raddle_ops_linear_args *args, raddle_stream stream) {
+    const raddle_ops_linear_params params = {
+        .x = args->x,
+        .w = linear->weight,
+        .bias = linear->bias
+                    ? (const void *)((const char *)linear->bias + bias_float_offset(linear))
+                    : NULL,
+        .out = args->out,
+        .x_stride = args->x_stride_row,
+        .w_stride = linear->weight_stride_row,
+        .out_stride = args->out_stride_row,
+        .rows = args->rows,
+        .in_features = (int32_t)linear->in_features,
+        .out_features = (int32_t)linear->out_features,
+    };
+    const raddle_ops_config config = direct_config(linear, args->out_dtype);
+    const int64_t tiles =
+        (linear->out_features + RADDLE_OPS_LINEAR_OUTPUTS - 1) / RADDLE_OPS_LINEAR_OUTPUTS;
+    const int64_t ctas = RADDLE_OPS_LINEAR_CTAS_PER_SM * (int64_t)device->num_sms;
+    return raddle_ops_cuda_launch(device->index, &config, tiles < ctas ? tiles : ctas, 1,
+                                  32 * RADDLE_OPS_LINEAR_WARPS, &params, stream);
+}
+
+/* ---------------------------------------------------------------- the layer */
+
 raddle_status raddle_ops_cuda_linear_pack(raddle_ops_linear *linear, const raddle_tensor *weight,
                                           const raddle_tensor *bias, raddle_stream stream) {
     const raddle_backend *backend;
@@ -140,6 +191,14 @@ raddle_status raddle_ops_cuda_linear_pack(raddle_ops_linear *linear, const raddl
         return RADDLE_OK;
     }
     RADDLE_TRY(pack_weight(linear, backend, weight, stream));
+    if (has_direct(linear)) {
+        const raddle_ops_config same = direct_config(linear, linear->dtype);
+        const raddle_ops_config wide = direct_config(linear, RADDLE_F32);
+        RADDLE_TRY(raddle_ops_cuda_prepare(device->index, &same));
+        RADDLE_TRY(raddle_ops_cuda_prepare(device->index, &wide));
+        /* The kernel does not wait for what was launched before it to read the weight. */
+        RADDLE_TRY(backend->synchronize(device->index, stream));
+    }
     return bias ? pack_bias(linear, backend, bias, stream) : RADDLE_OK;
 }
 
@@ -148,6 +207,9 @@ raddle_status raddle_ops_cuda_linear_run(const raddle_ops_linear *linear,
     const raddle_cuda_device *device;
     const bool is_wide = args->out_dtype == RADDLE_F32;
     RADDLE_TRY(raddle_cuda_device_get(linear->device.index, &device));
+    if (is_direct(linear, args)) {
+        return run_direct(device, linear, args, stream);
+    }
     const raddle_blas_gemm_args gemm = {
         .m = args->rows,
         .n = linear->out_features,

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-enum { GAP_BYTES = 32 * 1024 }; /* of which a copy takes less time than a second call */
+enum { GAP_BYTES = 128 * 1024 }; /* of which a copy takes less time than a second call */
 
 raddle_status raddle_staging_init(raddle_staging *staging, raddle_device device, size_t bytes) {
     raddle_status status = RADDLE_OK;

@@ -11,8 +11,9 @@
  *           O^T[dims x 8 rows] = V^T P^T. Pages, strides and gathers only change an address: lane t
  *           looks up K of token t and lane 16 + t its V, the others read what they noted down.
  * Pipeline  STAGES 2:  load B | compute A | load A | compute B | ..
- *           STAGES 1:  scores | load next K | softmax, values | load next V | ..
- *           V_LATE:    scores | load V | softmax, values | load next K | ..
+ *           STAGES 1:  scores | load V | softmax, values | ..; the next K behind V, the softmax or
+ *           the values (NEXT_K). One scoreboard serves all loads from global memory: values wait for
+ *           whatever was asked for before them.
  *           The first tile of the next piece is loaded before this piece is combined (PREFETCH).
  * Shared    notes of 8 warps (static) | attention_shared.h: outputs and states of 8 warps | q
  *           (Q_IN_SHARED) | folded outputs, two folded states.
@@ -33,12 +34,15 @@ using namespace raddle;
 
 constexpr bool PREFETCH =
     !Q_IN_SHARED && !PAIRS; /* the next piece's first tile: where registers are left for it */
-constexpr bool V_LATE =
-    STAGES == 1 && (PAIRS || EACH_LOGIT); /* V is loaded when K is used up: hooks need registers */
+/* STAGES 1: when the next K is loaded, by the registers that are left. */
+enum { BEFORE_SOFTMAX, BEFORE_VALUES, AFTER_VALUES };
+constexpr int NEXT_K = PAIRS || EACH_LOGIT ? AFTER_VALUES
+                       : ROW_TILES == 4    ? BEFORE_VALUES
+                                           : BEFORE_SOFTMAX;
 /* Pairs of tiles that are followed by another are computed without asking: 64 x 4096 takes 242 us on
  * an H200, 245 without. It takes a quarter longer to compile, which variants do without. */
 constexpr bool WHOLE_PAIRS =
-    RADDLE_CTAS_PER_SM == 1 && ROW_TILES == 1 && HEAD_DIM_QK >= 128 && !EACH_LOGIT && !PAIRS;
+    RADDLE_CTAS_PER_SM == 1 && ROW_TILES <= 2 && HEAD_DIM_QK >= 128 && !EACH_LOGIT && !PAIRS;
 constexpr int MERGE_IN_FLIGHT = RADDLE_CTAS_PER_SM == 1 ? 16 : 8;
 
 /* Notes down the piece that starts at token begin of a segment, and what this lane needs to read
@@ -114,13 +118,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     const int32_t end_segment = planned <= p.num_qo_tokens ? last_of_worker : 0;
     if (lane == 0) {
         notes.mine = team_of(heads, warp);
+        notes.first_segment = first_segment;
+        notes.end_segment = end_segment;
     }
     wait_for_requests(); /* the warp's place is noted, too -> every lane reads it */
     uint4 *shared_q = map_shared(shared, p.tile_rows).q + warp * ROW_TILES * Q_QUADS * 32 + lane;
     lookup look;
-    int which = 0; /* of the two pieces */
+    piece *now = &notes.pieces[0]; /* the other holds what comes next */
+    const auto other = [&]() -> piece & { return notes.pieces[now == &notes.pieces[0]]; };
     const auto record = [&](int32_t index) -> raddle_attention_segment & {
-        return notes.records[(index - first_segment) & 1];
+        return notes.records[(index - notes.first_segment) & 1];
+    };
+    /* What follows a piece: the next chunk of its segment, or the next segment, or nothing. */
+    const auto ends_segment = [](const piece &at) { return at.end >= at.segment.kv_end; };
+    const auto is_last_piece = [&](const piece &at) {
+        return ends_segment(at) && at.index + 1 >= notes.end_segment;
+    };
+    const auto after = [&](const piece &at) -> const raddle_attention_segment & {
+        return ends_segment(at) ? record(at.index + 1) : at.segment;
     };
     if (first_segment < end_segment) {
         const raddle_attention_segment &segment = record(first_segment);
@@ -129,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
         if (first_segment + 1 < end_segment) {
             request_record(&p.segments[first_segment + 1], lane, record(first_segment + 1));
         }
-        open_piece(p, segment, first_segment, begin, lane, notes, notes.pieces[which], look);
+        open_piece(p, segment, first_segment, begin, lane, notes, *now, look);
     }
     wait_for_predecessors(); /* the schedule is older than they are; q, K and V may be theirs */
     if (first_segment >= end_segment) {
@@ -140,15 +155,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     const auto load = [&](tile &t) {
         t.valid = next_tile(p, notes, lane, look);
         load_k(t, notes, g, j);
-        if (!V_LATE) {
+        if (STAGES == 2) {
             load_v(t, notes, g, j);
         }
     };
     uint4 q[ROW_TILES][Q_QUADS];
     /* q first: it would wait behind the tiles. Then what comes after this piece is sent for. */
-    bool same_segment, more;
     const auto begin_piece = [&]() {
-        piece &at = notes.pieces[which];
+        piece &at = *now;
         if (lane == 0) { /* here, since a predecessor may have written the scales; before the tile,
                             whose loads it would wait for */
             at.scale = scale_of_head(p, min(at.head, p.num_kv_heads - 1));
@@ -160,14 +174,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             clear(a);
         }
         __syncwarp(); /* the scale is written -> every lane reads it */
-        same_segment = at.end < at.segment.kv_end;
-        more = same_segment || at.index + 1 < end_segment;
-        if (more) {
-            const raddle_attention_segment &next = same_segment ? at.segment : record(at.index + 1);
-            const int32_t begin = same_segment ? at.end : next.kv_begin;
+        if (!is_last_piece(at)) {
+            const raddle_attention_segment &next = after(at);
+            const int32_t begin = ends_segment(at) ? next.kv_begin : at.end;
             request_pages(p, next, begin + TILE * mine.position, lane, notes);
         }
-        if (at.begin == at.segment.kv_begin && at.index + 2 < end_segment) {
+        if (at.begin == at.segment.kv_begin && at.index + 2 < notes.end_segment) {
             request_record(&p.segments[at.index + 2], lane, record(at.index + 2));
         }
         if constexpr (QUERY_PAIRS || SCALED_ROWS) {
@@ -183,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     };
     /* Weights of a tile's tokens from their scores. */
     const auto weigh = [&](scores &s, unsigned valid, int32_t base, accumulator &acc) {
-        const piece &at = notes.pieces[which];
+        const piece &at = *now;
         scale_scores(notes, at.scale, j, s);
         if constexpr (EACH_LOGIT) {
             finish_scores(p, notes, at, base, valid, g, j, s);
@@ -198,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     };
     const auto compute = [&](const tile &t, int32_t number, accumulator &acc) {
         scores s;
-        const piece &at = notes.pieces[which];
+        const piece &at = *now;
         const int32_t base = at.begin + TILE * number;
         compute_scores(p, at, t, base, g, j, q, shared_q, s);
         weigh(s, t.valid, base, acc);
@@ -208,13 +220,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
     if (PREFETCH) {
         begin_piece();
     }
-    int side = 0; /* of the folded states */
 #pragma unroll 1
     for (;;) {
         if (!PREFETCH) {
             begin_piece();
         }
-        const piece &at = notes.pieces[which];
+        const piece &at = *now;
         accumulator acc;
         clear(acc);
         if constexpr (STAGES == 2) {
@@ -251,35 +262,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
             for (int32_t t = mine.position; t < at.num_tiles; t += mine.warps) {
                 const bool has_next = t + mine.warps < at.num_tiles;
                 const unsigned valid = a.valid;
+                const auto load_next = [&](int when) {
+                    if (NEXT_K == when && has_next) {
+                        load(a);
+                    }
+                };
                 scores s;
                 compute_scores(p, at, a, at.begin + TILE * t, g, j, q, shared_q, s);
-                if (V_LATE) {
-                    load_v(a, notes, g, j);
-                } else if (has_next) {
-                    a.valid = next_tile(p, notes, lane, look);
-                    load_k(a, notes, g, j);
-                }
+                load_v(a, notes, g, j);
+                load_next(BEFORE_SOFTMAX);
                 weigh(s, valid, at.begin + TILE * t, acc);
+                load_next(BEFORE_VALUES);
                 add_values(a, s, acc.out);
-                if (V_LATE && has_next) {
-                    load(a);
-                } else if (has_next) {
-                    load_v(a, notes, g, j);
-                }
+                load_next(AFTER_VALUES);
             }
         }
 
         const shared_map map = map_shared(shared, p.tile_rows);
         const raddle_attention_segment &segment = at.segment;
-        const bool is_cut = segment.slot >= 0, has_more = more;
-        if (more) { /* the next chunk of the segment, or the next segment */
-            const int32_t index = at.index + !same_segment;
-            const raddle_attention_segment &next = same_segment ? at.segment : record(index);
-            open_piece(p, next, index, same_segment ? at.end : next.kv_begin, lane, notes,
-                       notes.pieces[which ^ 1], look);
+        const bool is_cut = segment.slot >= 0, has_more = !is_last_piece(at);
+        if (has_more) {
+            const raddle_attention_segment &next = after(at);
+            open_piece(p, next, at.index + ends_segment(at),
+                       ends_segment(at) ? next.kv_begin : at.end, lane, notes, other(), look);
         }
         const piece &done = at;
-        which ^= 1;
+        now = &other();
         if (PREFETCH && has_more && !is_cut) {
             begin_piece();
         }
@@ -301,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RADDLE_CTAS_PER_SM)
                 begin_piece(); /* not before: a merge needs the registers */
             }
         } else {
-            finish_uncut(p, map, mine, done, side);
+            finish_uncut(p, map, mine, done);
             if (!has_more) {
                 break;
             }

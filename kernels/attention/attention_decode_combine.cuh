@@ -306,7 +306,7 @@ __device__ __forceinline__ void finish_cut(const raddle_attention_params &p, con
 
 /* The same: to results, or to one more chunk folded. */
 __device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, const shared_map &m,
-                                             const team &mine, const piece &done, int &side) {
+                                             const team &mine, const piece &done) {
     const raddle_attention_segment &segment = done.segment;
     const int32_t count = count_quads(done);
     const bool first = done.begin == segment.kv_begin;
@@ -317,6 +317,7 @@ __device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, c
         float acc[4];
         softmax_state state = combine_warps(m, p.tile_rows, mine, row, dim, acc);
         if (!(first && last)) {
+            const int side = (unsigned)done.begin / (unsigned)p.fixed_chunk & 1;
             fold_chunk(m, p.tile_rows, mine, row, dim, first, side, state, acc);
         }
         if (last) {
@@ -324,7 +325,6 @@ __device__ __forceinline__ void finish_uncut(const raddle_attention_params &p, c
             write_result<out_type>(p, place, dim, acc, state);
         }
     }
-    side ^= 1;
 }
 
 } // namespace raddle

@@ -127,6 +127,8 @@ struct piece {
 /* What a warp notes down per piece and reads again per tile: registers are needed for tiles. */
 struct warp_notes {
     team mine;
+    int32_t first_segment, end_segment; /* of this CTA's worker */
+    int32_t end;                        /* of the tokens that are looked up */
     /* On their way: the records of the segments after this one, in turn, and the pages of the next
      * piece's first tile, per lane. */
     alignas(16) raddle_attention_segment records[2];
@@ -145,16 +147,17 @@ struct warp_notes {
 
 /* This lane's token of the warp's next tile. The page id is loaded one tile ahead of its use. */
 struct lookup {
-    int32_t token, end;
+    int32_t token;
     int32_t entry;  /* in the page table */
     int32_t offset; /* token in the page */
     int32_t page;
 };
 
-__device__ __forceinline__ void fetch_page(const raddle_attention_params &p, lookup &at) {
+__device__ __forceinline__ void fetch_page(const raddle_attention_params &p, int32_t end,
+                                           lookup &at) {
     at.page = 0;
     if (p.page_size > 0) {
-        at.page = (unsigned)at.token < (unsigned)at.end ? p.page_indices[at.entry] : -1;
+        at.page = (unsigned)at.token < (unsigned)end ? p.page_indices[at.entry] : -1;
     }
 }
 
@@ -219,13 +222,13 @@ __device__ __forceinline__ void start_lookup(const raddle_attention_params &p,
         notes.token_bytes[h][lane] = token_stride * (int64_t)sizeof(kv_type);
     }
     find_entry(p, segment, first, lane, at);
-    at.end = end;
     at.page = 0;
+    notes.end = end; /* the same by every lane, who reads it next after a barrier */
     if (p.page_size > 0) {
         at.page = (unsigned)at.token < (unsigned)end ? notes.next_page[lane] : -1;
     } else {
         /* Rows past the end of K and V: as out of the pool. */
-        at.end = (int32_t)min((int64_t)end, max(p.num_pages - segment.kv_origin, (int64_t)0));
+        notes.end = (int32_t)min((int64_t)end, max(p.num_pages - segment.kv_origin, (int64_t)0));
     }
 }
 
@@ -234,7 +237,7 @@ __device__ __forceinline__ void start_lookup(const raddle_attention_params &p,
 __device__ __forceinline__ unsigned next_tile(const raddle_attention_params &p, warp_notes &notes,
                                               int lane, lookup &at) {
     const bool in_pool = p.page_size == 0 || (at.page >= 0 && at.page < p.num_pages);
-    const bool in_range = (unsigned)at.token < (unsigned)at.end; /* past 31 bits: not */
+    const bool in_range = (unsigned)at.token < (unsigned)notes.end; /* past 31 bits: not */
     if (!in_pool && in_range) {
         report_page(p, at.page, at.entry);
     }
@@ -260,7 +263,7 @@ __device__ __forceinline__ unsigned next_tile(const raddle_attention_params &p, 
         at.entry += pages;
         at.offset -= pages * page_size;
     }
-    fetch_page(p, at);
+    fetch_page(p, notes.end, at);
     return valid;
 }
 

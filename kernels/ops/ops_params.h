@@ -31,6 +31,26 @@ typedef struct raddle_ops_norm_params {
 } raddle_ops_norm_params;
 RADDLE_ASSERT_SIZE(raddle_ops_norm_params, 6 * 8 + 7 * 8 + 10 * 4);
 
+/* out = x w^T + bias, of few rows on CUDA. */
+typedef struct raddle_ops_linear_params {
+    const void *x;     /* [rows, in_features] */
+    const void *w;     /* [out_features, in_features] */
+    const float *bias; /* [out_features], or NULL */
+    void *out;         /* [rows, out_features] */
+    int64_t x_stride, w_stride, out_stride;
+    int32_t in_features, out_features;
+    int64_t rows;
+} raddle_ops_linear_params;
+RADDLE_ASSERT_SIZE(raddle_ops_linear_params, 4 * 8 + 3 * 8 + 4 * 4);
+
+/* ops_linear.cu: rows at most, outputs of a tile, warps and CTAs that share them out. */
+enum {
+    RADDLE_OPS_LINEAR_ROWS = 8,
+    RADDLE_OPS_LINEAR_OUTPUTS = 16,
+    RADDLE_OPS_LINEAR_WARPS = 8,
+    RADDLE_OPS_LINEAR_CTAS_PER_SM = 2
+};
+
 /* Rotates the first rotary_dim of every head. Split halves: (i, i + rotary_dim / 2); interleaved:
  * (2i, 2i + 1). Results go to q_out and k_out: q and k themselves (in_place), or other memory, which
  * then gets whole heads. */

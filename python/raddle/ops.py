@@ -135,7 +135,11 @@ class Linear:
     device: where the layer runs, default weight's. Host tensors are copied, on the CPU into the
     packed form that its kernels read, and may be freed afterwards; a weight that already is on the
     CUDA device is used where it lies (rows contiguous) and kept alive. Safe to call from several
-    threads. CUDA needs cublasLt, which torch's wheels bring.
+    threads.
+
+    CUDA needs cublasLt, which torch's wheels bring. Up to 8 rows of 16-bit numbers go to a kernel
+    of our own, which begins to read the weight before earlier launches of the stream have ended: a
+    weight that is changed in place wants a synchronize before the next run.
 
     On the CPU a row's result does not depend on the rows that come with it.
     """

@@ -48,9 +48,13 @@ static void test_kernels(void) {
         {{128, 128, 7, 4, 1, 4096, 0}, true, 4, 1}, /* odd heads are not paired */
         {{128, 128, 8, 4, 4, 256, 0}, true, 16, 2}, /* 4 query tokens */
         {{128, 128, 1, 20, 1, 1, 0}, true, 10, 1},  /* two even tiles */
-        {{128, 128, 1, 32, 1, 1, 0}, true, 16, 1},    {{128, 128, 1, 33, 1, 1, 0}, false, 64, 1},
+        {{128, 128, 1, 20, 1, 64, 0}, true, 20, 1}, /* many requests: one */
+        {{128, 128, 1, 32, 1, 64, 0}, true, 32, 1},
+        {{128, 128, 8, 4, 8, 64, 64}, true, 16, 2}, /* folded chunks need the memory */
+        {{128, 128, 1, 33, 1, 64, 0}, false, 64, 1},
         {{256, 256, 2, 16, 1, 1, 0}, true, 8, 2}, /* 16 rows do not fit in registers */
-        {{128, 128, 8, 4, 512, 1, 0}, false, 128, 1}, {{112, 112, 8, 4, 512, 1, 0}, false, 64, 1},
+        {{128, 128, 8, 4, 512, 1, 0}, false, 128, 1},
+        {{112, 112, 8, 4, 512, 1, 0}, false, 64, 1},
         {{128, 128, 8, 4, 512, 1, 64}, false, 64, 1}, /* folded chunks need the memory */
         {{128, 128, 8, 4, 1, 1, 64}, true, 4, 2},     /* the batch does not decide the width */
         {{128, 128, 8, 4, 1, 64, 64}, true, 4, 2},

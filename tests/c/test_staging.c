@@ -9,7 +9,7 @@
 #include "cuda/device.h"
 #include "runtime/staging.h"
 
-enum { BYTES = 128 * 1024, FAR = 96 * 1024, ROUNDS = 20 };
+enum { BYTES = 256 * 1024, FAR = 192 * 1024, ROUNDS = 20 };
 
 static const raddle_device gpu = {RADDLE_CUDA, 0};
 
