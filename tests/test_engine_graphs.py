@@ -81,5 +81,7 @@ def stubs(tmp_path_factory):
     ],
 )
 def test_decode_steps_are_padded_graphs(stubs, tmp_path, kind, options, sizes):
-    script = SCRIPT.format(kind=kind, options=options, sizes=sizes)
+    # Loaded first, a library is taken before those of wheels.
+    loaded = f"import ctypes; ctypes.CDLL({str(stubs / 'libcublasLt.so.13')!r})\n"
+    script = loaded + SCRIPT.format(kind=kind, options=options, sizes=sizes)
     check_script(script, stubs, RADDLE_CACHE_DIR=str(tmp_path))
