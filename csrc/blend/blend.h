@@ -222,7 +222,12 @@ typedef enum raddle_blend_policy {
     RADDLE_BLEND_DFS,    /* depth first through the tree: all sharing there is */
     RADDLE_BLEND_PACED,  /* strata of like density side by side, each depth first; computing and
                             reading meted out so that both last to the end */
+    RADDLE_BLEND_NUM_POLICIES
 } raddle_blend_policy;
+
+/* "fcfs", "random", ..; find: RADDLE_ERR_VALUE lists them. */
+const char *raddle_blend_policy_name(raddle_blend_policy policy);
+raddle_status raddle_blend_policy_find(const char *name, raddle_blend_policy *out_policy);
 
 /* Where the next request comes from: the stream that is least far on, in what its requests cost. A
  * paced stream of long outputs keeps a lead, so that none of them is left over at the end. */
@@ -267,16 +272,31 @@ typedef struct raddle_blend_result {
     int64_t peak_tokens;                  /* of K and V */
 } raddle_blend_result;
 
+/* What happened over a run, in stretches of equally many steps. */
+enum { RADDLE_BLEND_MAX_MOMENTS = 512 };
+
+typedef struct raddle_blend_moment {
+    double seconds;                           /* that its steps took */
+    double compute, read;                     /* seconds of either, had it been alone */
+    double held;                              /* tokens in the pool, of all steps added up */
+    int64_t steps, prompt_tokens, hit_tokens; /* of prompts that were computed to their ends */
+} raddle_blend_moment;
+
+typedef struct raddle_blend_timeline {
+    int64_t steps_each; /* the last stretch may have fewer */
+    int32_t count;
+    raddle_blend_moment moments[RADDLE_BLEND_MAX_MOMENTS];
+} raddle_blend_timeline;
+
 /* Runs the requests as planned behind a virtual clock: decodes come first in a step, chunks of
  * prompts fill it, a request is admitted when its peak fits, as far as output lengths are known:
  * lengths [num_requests] is what is thought of them, NULL: the truth. When the pool overflows, the
  * newest steps back and is computed again. RADDLE_ERR_VALUE names a request whose true length is
- * unknown, or that is too large for the pool alone. */
-raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                    const raddle_blend_cost *cost,
-                                    const raddle_blend_limits *limits,
-                                    const raddle_blend_plan *plan,
-                                    const raddle_blend_length *lengths,
-                                    raddle_blend_result *out_result);
+ * unknown, or that is too large for the pool alone. out_timeline may be NULL. */
+raddle_status
+raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                      const raddle_blend_cost *cost, const raddle_blend_limits *limits,
+                      const raddle_blend_plan *plan, const raddle_blend_length *lengths,
+                      raddle_blend_result *out_result, raddle_blend_timeline *out_timeline);
 
 #endif

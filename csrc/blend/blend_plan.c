@@ -1,9 +1,32 @@
 /* blend_plan.c - the policies that need no more than an order, and the door to those that do. */
 #include "blend/blend.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "base/alloc.h"
+
+static const char *const policy_names[RADDLE_BLEND_NUM_POLICIES] = {
+    [RADDLE_BLEND_FCFS] = "fcfs", [RADDLE_BLEND_RANDOM] = "random", [RADDLE_BLEND_LPM] = "lpm",
+    [RADDLE_BLEND_DFS] = "dfs",   [RADDLE_BLEND_PACED] = "paced",
+};
+
+const char *raddle_blend_policy_name(raddle_blend_policy policy) {
+    return policy_names[policy];
+}
+
+raddle_status raddle_blend_policy_find(const char *name, raddle_blend_policy *out_policy) {
+    char list[128] = "";
+    for (int i = 0; i < RADDLE_BLEND_NUM_POLICIES; i++) {
+        if (strcmp(policy_names[i], name) == 0) {
+            *out_policy = (raddle_blend_policy)i;
+            return RADDLE_OK;
+        }
+        snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", i ? ", " : "",
+                 policy_names[i]);
+    }
+    return raddle_fail(RADDLE_ERR_VALUE, "policy: expected one of %s, got %s", list, name);
+}
 
 uint64_t raddle_blend_random(uint64_t *state) { /* splitmix64 (Steele, Lea and Flood 2014) */
     *state += 0x9E3779B97F4A7C15u;

@@ -60,9 +60,11 @@ typedef struct run {
     int32_t again;       /* first of those that stepped back */
     int32_t *prefilling; /* [num_requests] a queue: admitted, prompts not computed yet */
     int64_t first_prefilling, end_prefilling;
-    int32_t newest;                /* of the decoding */
-    int64_t num_decoding, context; /* tokens that they hold, all together */
-    int32_t num_running, num_done; /* admitted; at their ends */
+    int32_t newest;                  /* of the decoding */
+    int64_t num_decoding, context;   /* tokens that they hold, all together */
+    int32_t num_running, num_done;   /* admitted; at their ends */
+    raddle_blend_timeline *timeline; /* or NULL */
+    raddle_blend_moment moment;      /* of the step at hand */
 } run;
 
 static int64_t prompt_and_generated(const run *r, int32_t request) {
@@ -317,12 +319,42 @@ static void fill_with_prompts(run *r, raddle_blend_work *work) {
         if (l->done == whole) {
             r->first_prefilling++;
             room = room > 1 ? room - 1 : 1;
+            r->moment.prompt_tokens += whole;
+            r->moment.hit_tokens += l->cached;
             r->result.hit_tokens += l->generated == 0 ? l->cached : 0;
         }
     }
 }
 
+static void add_moment(raddle_blend_moment *to, const raddle_blend_moment *m) {
+    to->seconds += m->seconds;
+    to->compute += m->compute;
+    to->read += m->read;
+    to->held += m->held;
+    to->steps += m->steps;
+    to->prompt_tokens += m->prompt_tokens;
+    to->hit_tokens += m->hit_tokens;
+}
+
+/* Appends a step; stretches become twice as long when there is no room for one more. */
+static void note_moment(raddle_blend_timeline *line, const raddle_blend_moment *m) {
+    if (line->count > 0 && line->moments[line->count - 1].steps < line->steps_each) {
+        add_moment(&line->moments[line->count - 1], m);
+        return;
+    }
+    if (line->count == RADDLE_BLEND_MAX_MOMENTS) {
+        line->count /= 2;
+        line->steps_each *= 2;
+        for (int32_t i = 0; i < line->count; i++) {
+            line->moments[i] = line->moments[2 * i];
+            add_moment(&line->moments[i], &line->moments[2 * i + 1]);
+        }
+    }
+    line->moments[line->count++] = *m;
+}
+
 static raddle_status take_step(run *r) {
+    r->moment = (raddle_blend_moment){.steps = 1};
     raddle_blend_forecast_advance(&r->forecast, r->step);
     while (r->num_decoding > 0 && !raddle_blend_pool_grow(&r->pool, r->num_decoding)) {
         preempt(r);
@@ -340,7 +372,14 @@ static raddle_status take_step(run *r) {
     }
     const int64_t held = r->pool.shared_tokens + r->pool.own_tokens;
     r->result.peak_tokens = held > r->result.peak_tokens ? held : r->result.peak_tokens;
-    r->result.seconds += raddle_blend_step_seconds(r->cost, &work);
+    r->moment.seconds = raddle_blend_step_seconds(r->cost, &work);
+    r->result.seconds += r->moment.seconds;
+    if (r->timeline != NULL) {
+        r->moment.compute = raddle_blend_compute_seconds(r->cost, &work);
+        r->moment.read = raddle_blend_read_seconds(r->cost, &work);
+        r->moment.held = (double)held;
+        note_moment(r->timeline, &r->moment);
+    }
     r->result.computed_tokens += (int64_t)work.tokens;
     r->left.tokens -= work.tokens;
     r->left.reads -= work.reads;
@@ -447,12 +486,11 @@ static void close_run(run *r) {
     raddle_free(r->order);
 }
 
-raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
-                                    const raddle_blend_cost *cost,
-                                    const raddle_blend_limits *limits,
-                                    const raddle_blend_plan *plan,
-                                    const raddle_blend_length *lengths,
-                                    raddle_blend_result *out_result) {
+raddle_status
+raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                      const raddle_blend_cost *cost, const raddle_blend_limits *limits,
+                      const raddle_blend_plan *plan, const raddle_blend_length *lengths,
+                      raddle_blend_result *out_result, raddle_blend_timeline *out_timeline) {
     RADDLE_TRY(raddle_blend_cost_check(cost));
     RADDLE_REQUIRE(limits->step_tokens >= 1 && limits->pool_tokens >= 1, RADDLE_ERR_VALUE,
                    "limits: expected at least one token in a step and in the pool, got %d and %lld",
@@ -465,7 +503,11 @@ raddle_status raddle_blend_simulate(const raddle_blend_store *store, const raddl
         .lengths = lengths,
         .again = NONE,
         .newest = NONE,
+        .timeline = out_timeline,
     };
+    if (out_timeline != NULL) {
+        *out_timeline = (raddle_blend_timeline){.steps_each = 1};
+    }
     raddle_status status = RADDLE_OK;
     if (store->num_requests > 0) {
         for (int32_t i = 1; i < plan->num_streams; i++) {

@@ -49,14 +49,35 @@ static void fill(raddle_blend_store *store, int32_t requests, int32_t sharing) {
     }
 }
 
+/* Stretches of the run add up to it, and are alike in length but for the last. */
+static void check_timeline(const raddle_blend_timeline *line, const raddle_blend_result *result) {
+    int64_t steps = 0;
+    double seconds = 0, held = 0;
+    CHECK(line->count >= 1 && line->count <= RADDLE_BLEND_MAX_MOMENTS);
+    for (int32_t i = 0; i < line->count; i++) {
+        const raddle_blend_moment *m = &line->moments[i];
+        CHECK(m->steps == line->steps_each || (i == line->count - 1 && m->steps > 0));
+        CHECK(m->hit_tokens <= m->prompt_tokens && m->seconds >= m->compute);
+        steps += m->steps;
+        seconds += m->seconds;
+        held = m->held / (double)m->steps > held ? m->held / (double)m->steps : held;
+    }
+    CHECK_INT(steps, result->steps);
+    CHECK(line->steps_each < 2 * steps / RADDLE_BLEND_MAX_MOMENTS + 2);
+    CHECK(seconds > result->seconds * (1 - 1e-9) && seconds < result->seconds * (1 + 1e-9));
+    CHECK(held <= (double)result->peak_tokens);
+}
+
 /* Without overlap and weights a run takes the time of its work, however it is cut into steps: that
  * of the requests, less what was found. */
 static int64_t check_conservation(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                   const raddle_blend_limits *limits, const raddle_blend_plan *plan,
                                   const raddle_blend_length *lengths) {
     const raddle_blend_cost sum = model(1.0, 0.0);
+    static raddle_blend_timeline line;
     raddle_blend_result result;
-    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, plan, lengths, &result));
+    CHECK_OK(raddle_blend_simulate(store, trie, &sum, limits, plan, lengths, &result, &line));
+    check_timeline(&line, &result);
     int64_t prompts = 0, outputs = 0, reads = 0;
     for (int64_t i = 0; i < store->num_requests; i++) {
         const int64_t p = store->requests[i].prompt_tokens, d = store->requests[i].output_tokens;
@@ -124,8 +145,10 @@ static void test_random_workloads(void) {
                                             (raddle_blend_policy)policy, NULL, 7, &plan));
             check_plan(&store, &plan);
             raddle_blend_result result, again;
-            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result));
-            CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &again));
+            CHECK_OK(
+                raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result, NULL));
+            CHECK_OK(
+                raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &again, NULL));
             CHECK_INT(memcmp(&result, &again, sizeof result), 0);
             CHECK(result.seconds >= result.bound_seconds * (1 - 1e-9));
             /* No order shares more than there is. */
@@ -156,7 +179,7 @@ static raddle_blend_result run_policy(const raddle_blend_store *store,
     raddle_blend_plan plan;
     raddle_blend_result result = {0};
     CHECK_OK(raddle_blend_plan_make(store, trie, cost, limits, policy, NULL, 1, &plan));
-    CHECK_OK(raddle_blend_simulate(store, trie, cost, limits, &plan, NULL, &result));
+    CHECK_OK(raddle_blend_simulate(store, trie, cost, limits, &plan, NULL, &result, NULL));
     raddle_blend_plan_fini(&plan);
     return result;
 }
@@ -295,19 +318,19 @@ static void test_what_cannot_be_simulated(void) {
     CHECK_OK(
         raddle_blend_plan_make(&store, &trie, &cost, &limits, RADDLE_BLEND_FCFS, NULL, 0, &plan));
     raddle_blend_result result = {.steps = -5};
-    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result, NULL),
                 RADDLE_ERR_VALUE, "request 0 has 110 tokens, the pool 100");
     limits.pool_tokens = 110;
     store.requests[0].output_tokens = RADDLE_BLEND_UNKNOWN;
-    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result, NULL),
                 RADDLE_ERR_VALUE, "request 0 has none");
     store.requests[0].output_tokens = 60;
     limits.step_tokens = 0;
-    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result),
+    CHECK_FAILS(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result, NULL),
                 RADDLE_ERR_VALUE, "limits");
     CHECK_INT(result.steps, -5); /* untouched by a failure */
     limits.step_tokens = 16;
-    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result));
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, NULL, &result, NULL));
     CHECK_INT(result.steps, 4 + 59); /* 50 tokens in chunks of 16, the last gives a token */
     raddle_blend_plan_fini(&plan);
     raddle_blend_trie_fini(&trie);
