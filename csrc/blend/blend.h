@@ -164,6 +164,7 @@ double raddle_blend_bound_seconds(const raddle_blend_cost *cost, const raddle_bl
 typedef struct raddle_blend_length {
     float mean, square; /* of the length; of its square */
     int32_t room;       /* that the forecast gives it */
+    bool is_seen;       /* known for certain */
 } raddle_blend_length;
 
 /* Picks requests to run first, so that their outputs are seen: of each group the share `rate` or
@@ -172,10 +173,12 @@ raddle_status raddle_blend_lengths_sample(const raddle_blend_store *store, doubl
                                           int32_t quota, uint64_t seed, int32_t *out_requests,
                                           int64_t *out_count);
 /* seen [num_requests]: lengths, or RADDLE_BLEND_UNKNOWN. The others follow from those of their group
- * and of requests that share a prefix. */
+ * and of requests that share a prefix. so_far [num_requests], or NULL: tokens that requests which have
+ * not ended have given; a group's mean is what all of it gave over those that ended, so that those
+ * that end early do not make it short. */
 raddle_status raddle_blend_lengths_guess(const raddle_blend_store *store,
                                          const raddle_blend_trie *trie, const int32_t *seen,
-                                         raddle_blend_length *out_lengths);
+                                         const int32_t *so_far, raddle_blend_length *out_lengths);
 raddle_blend_length raddle_blend_length_known(int32_t output);
 /* lengths NULL: all are known. */
 raddle_blend_length raddle_blend_length_of(const raddle_blend_store *store,
@@ -185,11 +188,16 @@ raddle_blend_work raddle_blend_expected_work(const raddle_blend_store *store,
                                              const raddle_blend_length *lengths, int32_t request,
                                              int64_t cached);
 
+/* What all requests take when nothing is computed twice, and the steps that it takes at least. */
+double raddle_blend_survey(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                           const raddle_blend_length *lengths, const raddle_blend_limits *limits,
+                           raddle_blend_work *out_work);
+
 /* ------------------------------------------------------------------ the peak that is to come */
 
 /* Tokens that running requests will have for themselves, step by step until they end: each holds
- * base + step, until its expected last step. Buckets of steps, so that an answer takes as long with
- * ten requests as with ten thousand. */
+ * base + step, until its expected last step. Buckets of steps, so that a change takes as long with ten
+ * requests as with ten thousand; what is asked before the next change is looked up. */
 enum { RADDLE_BLEND_BUCKET = 64 }; /* steps */
 
 typedef struct raddle_blend_forecast {
@@ -197,6 +205,8 @@ typedef struct raddle_blend_forecast {
     int32_t num_buckets; /* a power of two; bucket b holds ends in [64 b, 64 b + 64), modulo that */
     int32_t last;        /* buckets from now's on that may hold something */
     int64_t *counts, *bases;
+    bool is_fresh;           /* the next two are of the buckets as they are, from now's on */
+    int64_t *later, *sooner; /* peaks behind a bucket; up to it, with one more request of base 0 */
 } raddle_blend_forecast;
 
 /* longest: the most steps that a request runs. */
@@ -208,8 +218,7 @@ void raddle_blend_forecast_advance(raddle_blend_forecast *forecast, int64_t now)
 void raddle_blend_forecast_add(raddle_blend_forecast *forecast, int64_t base, int64_t end,
                                int32_t count);
 /* The most tokens at once from now on, with one more request that holds base + step until end. */
-int64_t raddle_blend_forecast_peak(const raddle_blend_forecast *forecast, int64_t base,
-                                   int64_t end);
+int64_t raddle_blend_forecast_peak(raddle_blend_forecast *forecast, int64_t base, int64_t end);
 
 /* ------------------------------------------------------------------ policies */
 
@@ -239,6 +248,7 @@ typedef struct raddle_blend_plan {
     int32_t stream_end[RADDLE_BLEND_MAX_STREAMS];    /* in order */
     double stream_seconds[RADDLE_BLEND_MAX_STREAMS]; /* computing and reading, one by one */
     double stream_output[RADDLE_BLEND_MAX_STREAMS];  /* tokens of a request, on average */
+    double gain; /* paced: of the strata one after the other over all at once, in time; at most */
 } raddle_blend_plan;
 
 uint64_t raddle_blend_random(uint64_t *state);
@@ -259,6 +269,56 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
  * the last rate. out_read, the second of them, may be NULL. */
 double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
                                   double *out_read);
+
+/* ------------------------------------------------------------------ the scheduler */
+
+/* Says what each step does; when a request has given its last token is for the caller to say. */
+typedef struct raddle_blend_scheduler raddle_blend_scheduler;
+
+/* Tokens [begin, begin + count) of a request's prompt, to which belongs what it generated before it
+ * stepped back. What lies before its first chunk was found in memory. */
+typedef struct raddle_blend_chunk {
+    int32_t request, begin, count;
+    bool is_last; /* gives a token */
+} raddle_blend_chunk;
+
+typedef struct raddle_blend_step { /* borrowed until the next one */
+    const int32_t *preempted; /* step back before it: what they generated will be computed again */
+    const raddle_blend_chunk *chunks;
+    int32_t num_preempted, num_chunks, num_decoding;
+    raddle_blend_work work;
+    int64_t prompt_tokens, hit_tokens; /* of prompts that end in it */
+} raddle_blend_step;
+
+typedef struct raddle_blend_counts {
+    int64_t steps, preemptions;
+    int64_t hit_tokens;               /* of prompts, that were not computed again */
+    int64_t computed_tokens;          /* through the GEMMs */
+    int64_t recomputed_tokens;        /* of them, after preemptions */
+    int64_t held_tokens, peak_tokens; /* of K and V: in the last step; the most */
+    int32_t running, decoding, done;  /* requests; running: in memory */
+} raddle_blend_counts;
+
+/* Everything but limits is borrowed for the scheduler's life. lengths [num_requests] is what is
+ * thought of outputs; NULL: they are known. RADDLE_ERR_VALUE names a request that may not fit in the
+ * pool. */
+raddle_status
+raddle_blend_scheduler_create(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                              const raddle_blend_cost *cost, const raddle_blend_limits *limits,
+                              const raddle_blend_plan *plan, const raddle_blend_length *lengths,
+                              raddle_blend_scheduler **out_scheduler);
+void raddle_blend_scheduler_destroy(raddle_blend_scheduler *scheduler);
+/* What the next step does: decodes come first, chunks of prompts fill it, a request is admitted when
+ * its peak fits, as far as output lengths are known. When the pool overflows, the newest steps back.
+ * Without work left the step is empty. */
+raddle_status raddle_blend_scheduler_begin(raddle_blend_scheduler *scheduler,
+                                           raddle_blend_step *out_step);
+/* The step is done. ended: requests that gave their last token in it. */
+raddle_status raddle_blend_scheduler_end(raddle_blend_scheduler *scheduler, const int32_t *ended,
+                                         int32_t num_ended);
+/* Tokens that a request has given up to the last step that ended. */
+int32_t raddle_blend_scheduler_generated(const raddle_blend_scheduler *scheduler, int32_t request);
+const raddle_blend_counts *raddle_blend_scheduler_counts(const raddle_blend_scheduler *scheduler);
 
 /* ------------------------------------------------------------------ what a run takes */
 
@@ -288,11 +348,9 @@ typedef struct raddle_blend_timeline {
     raddle_blend_moment moments[RADDLE_BLEND_MAX_MOMENTS];
 } raddle_blend_timeline;
 
-/* Runs the requests as planned behind a virtual clock: decodes come first in a step, chunks of
- * prompts fill it, a request is admitted when its peak fits, as far as output lengths are known:
- * lengths [num_requests] is what is thought of them, NULL: the truth. When the pool overflows, the
- * newest steps back and is computed again. RADDLE_ERR_VALUE names a request whose true length is
- * unknown, or that is too large for the pool alone. out_timeline may be NULL. */
+/* The scheduler behind a virtual clock: lengths [num_requests] is what it thinks of outputs, NULL: the
+ * truth. RADDLE_ERR_VALUE names a request whose true length is unknown, or that is too large for the
+ * pool alone. out_timeline may be NULL. */
 raddle_status
 raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *trie,
                       const raddle_blend_cost *cost, const raddle_blend_limits *limits,

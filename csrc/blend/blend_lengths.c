@@ -8,10 +8,11 @@
 #include "blend/blend.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "base/alloc.h"
+
+enum { DIGIT_BITS = 8, NUM_PLACES = 1 << DIGIT_BITS, NUM_DIGITS = 4 };
 
 /* Requests that a prior is worth. */
 static const double PRIOR = 8;
@@ -26,12 +27,23 @@ typedef struct belief {
     double mean, square;
 } belief;
 
+/* A length seen, or what a request has given that has not ended; and of the group's lengths beyond
+ * it, by Kaplan and Meier (1958): the share that is longer, and the integrals of that share and of it
+ * times twice the length. */
+typedef struct point {
+    int32_t length, group;
+    bool has_ended;
+    double longer, beyond, square_beyond;
+} point;
+
 typedef struct view {
     const raddle_blend_store *store;
     const raddle_blend_trie *trie;
-    const int32_t *seen;
-    moments *before;  /* [num_requests + 1] sums over the tree's order */
-    int32_t *changes; /* [num_requests] of group, up to here in that order */
+    const int32_t *seen, *so_far;
+    point *points, *other_points; /* group after group; and room to sort */
+    int64_t *begin;               /* [num_groups + 1] in points */
+    moments *before;              /* [num_requests + 1] sums over the tree's order */
+    int32_t *changes;             /* [num_requests] of group, up to here in that order */
     belief *groups, *nodes;
     double *room; /* [num_groups] quantile over mean */
 } view;
@@ -42,6 +54,11 @@ static void add(moments *to, double length) {
     to->squares += length * length;
 }
 
+/* Tokens that a request which has not ended has given. */
+static int32_t given(const view *v, int64_t request) {
+    return v->so_far != NULL && v->seen[request] < 0 ? v->so_far[request] : 0;
+}
+
 static belief update(belief prior, moments own) {
     return (belief){
         .mean = (own.sum + PRIOR * prior.mean) / (own.count + PRIOR),
@@ -49,59 +66,116 @@ static belief update(belief prior, moments own) {
     };
 }
 
-static int by_value(const void *a, const void *b) {
-    const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    return (x > y) - (x < y);
-}
-
 /* ------------------------------------------------------------------ groups */
 
-/* Lengths seen, group after group; begin [num_groups + 1]. */
-static void sort_by_group(const view *v, int32_t *lengths, int64_t *begin) {
-    const int64_t groups = v->store->num_groups;
-    memset(begin, 0, (size_t)(groups + 1) * sizeof(int64_t));
-    for (int64_t i = 0; i < v->store->num_requests; i++) {
-        begin[v->store->requests[i].group + 1] += v->seen[i] >= 0;
+/* Where a point comes by `digit` of its key: by length, those that ended first; last by group. */
+static int64_t place_of(const point *p, int digit) {
+    const int64_t key = 2 * (int64_t)p->length + !p->has_ended;
+    return digit < NUM_DIGITS ? key >> (digit * DIGIT_BITS) & (NUM_PLACES - 1) : p->group;
+}
+
+/* One stable pass of a radix sort; begin [num_places + 1] gets where each place begins. */
+static void distribute(const point *from, point *to, int64_t count, int digit, int64_t num_places,
+                       int64_t *begin) {
+    memset(begin, 0, (size_t)(num_places + 1) * sizeof(int64_t));
+    for (int64_t k = 0; k < count; k++) {
+        begin[place_of(&from[k], digit) + 1]++;
     }
-    for (int64_t g = 0; g < groups; g++) {
-        begin[g + 1] += begin[g];
+    for (int64_t place = 0; place < num_places; place++) {
+        begin[place + 1] += begin[place];
     }
+    for (int64_t k = 0; k < count; k++) {
+        to[begin[place_of(&from[k], digit)]++] = from[k];
+    }
+    memmove(begin + 1, begin, (size_t)num_places * sizeof(int64_t));
+    begin[0] = 0;
+}
+
+/* What was seen, group after group, ascending. */
+static void sort_by_group(view *v) {
+    int64_t count = 0, places[NUM_PLACES + 1];
+    point *points = v->points, *others = v->other_points;
     for (int64_t i = 0; i < v->store->num_requests; i++) {
-        if (v->seen[i] >= 0) {
-            lengths[begin[v->store->requests[i].group]++] = v->seen[i];
+        const bool has_ended = v->seen[i] >= 0;
+        if (has_ended || given(v, i) > 0) {
+            points[count++] = (point){.length = has_ended ? v->seen[i] : given(v, i),
+                                      .group = v->store->requests[i].group,
+                                      .has_ended = has_ended};
         }
     }
-    for (int64_t g = groups; g > 0; g--) {
-        begin[g] = begin[g - 1];
+    for (int digit = 0; digit <= NUM_DIGITS; digit++) {
+        const bool is_group = digit == NUM_DIGITS;
+        distribute(points, others, count, digit, is_group ? v->store->num_groups : NUM_PLACES,
+                   is_group ? v->begin : places);
+        point *swapped = points;
+        points = others;
+        others = swapped;
     }
-    begin[0] = 0;
-    for (int64_t g = 0; g < groups; g++) {
-        qsort(lengths + begin[g], (size_t)(begin[g + 1] - begin[g]), sizeof(int32_t), by_value);
+    v->points = points;
+    v->other_points = others;
+}
+
+/* The survival curve of a group; the longest that was seen ends it. */
+static belief survive(point *points, int64_t count) {
+    double longer = 1;
+    for (int64_t k = 0; k < count; k++) {
+        longer *= points[k].has_ended ? 1 - 1 / (double)(count - k) : 1;
+        points[k].longer = k + 1 < count ? longer : 0;
     }
+    double beyond = 0, square = 0;
+    for (int64_t k = count - 1; k >= 0; k--) {
+        points[k].beyond = beyond;
+        points[k].square_beyond = square;
+        const double to = points[k].length, from = k > 0 ? points[k - 1].length : 0;
+        const double share = k > 0 ? points[k - 1].longer : 1;
+        beyond += share * (to - from);
+        square += share * (to * to - from * from);
+    }
+    return (belief){.mean = beyond, .square = square};
 }
 
 /* A group of which nothing was seen is like all others together; when nothing was seen at all, a
  * request takes what it may. */
-static void believe_of_groups(view *v, const int32_t *lengths, const int64_t *begin) {
+static void believe_of_groups(view *v) {
     const int64_t groups = v->store->num_groups;
     moments all = {0};
-    for (int64_t k = 0; k < begin[groups]; k++) {
-        add(&all, lengths[k]);
+    for (int64_t i = 0; i < v->store->num_requests; i++) {
+        if (v->seen[i] >= 0) {
+            add(&all, v->seen[i]);
+        }
     }
     for (int64_t g = 0; g < groups; g++) {
-        moments own = {0};
-        for (int64_t k = begin[g]; k < begin[g + 1]; k++) {
-            add(&own, lengths[k]);
+        point *points = v->points + v->begin[g];
+        const int64_t seen = v->begin[g + 1] - v->begin[g];
+        v->groups[g] = seen > 0        ? survive(points, seen)
+                       : all.count > 0 ? (belief){all.sum / all.count, all.squares / all.count}
+                                       : (belief){INFINITY, INFINITY};
+        int64_t high = 0;
+        while (high + 1 < seen && points[high].longer > 1 - ROOM_QUANTILE) {
+            high++;
         }
-        const int64_t seen = begin[g + 1] - begin[g];
-        const moments *from = seen > 0 ? &own : &all;
-        v->groups[g] = from->count > 0
-                           ? (belief){from->sum / from->count, from->squares / from->count}
-                           : (belief){INFINITY, INFINITY};
-        const double high =
-            seen > 0 ? lengths[begin[g] + (int64_t)(ROOM_QUANTILE * (double)(seen - 1) + 0.5)] : 0;
-        v->room[g] = high > v->groups[g].mean ? high / v->groups[g].mean : 1;
+        v->room[g] = seen > 0 ? fmax(points[high].length / v->groups[g].mean, 1) : 1;
     }
+}
+
+/* What is thought of a request of a group that has given some tokens, by the group's curve; and the
+ * share of the group's lengths that it outlived. */
+static belief outlived(const view *v, int32_t group, int32_t so_far, double *out_share) {
+    const point *points = v->points + v->begin[group];
+    int64_t low = 0, high = v->begin[group + 1] - v->begin[group] - 1;
+    while (low < high) { /* the last point up to so_far */
+        const int64_t middle = (low + high + 1) / 2;
+        if (points[middle].length <= so_far) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    const point *at = &points[low];
+    const double g = so_far, longer = at->longer;
+    *out_share = 1 - longer;
+    return longer > 0 ? (belief){g + at->beyond / longer, g * g + at->square_beyond / longer}
+                      : (belief){g, g * g};
 }
 
 /* ------------------------------------------------------------------ down the tree */
@@ -118,6 +192,13 @@ static void believe_of_nodes(view *v) {
         v->before[k + 1] = v->before[k];
         if (v->seen[request] >= 0) {
             add(&v->before[k + 1], v->seen[request]);
+        } else if (given(v, request) > 0) {
+            double worth = 0;
+            const belief b =
+                outlived(v, v->store->requests[request].group, given(v, request), &worth);
+            v->before[k + 1].count += worth;
+            v->before[k + 1].sum += worth * b.mean;
+            v->before[k + 1].squares += worth * b.square;
         }
         v->changes[k] = k == 0 ? 0
                                : v->changes[k - 1] + (v->store->requests[request].group !=
@@ -143,7 +224,8 @@ static void believe_of_nodes(view *v) {
 
 raddle_blend_length raddle_blend_length_known(int32_t output) {
     const double d = output;
-    return (raddle_blend_length){.mean = (float)d, .square = (float)(d * d), .room = output};
+    return (raddle_blend_length){
+        .mean = (float)d, .square = (float)(d * d), .room = output, .is_seen = true};
 }
 
 raddle_blend_length raddle_blend_length_of(const raddle_blend_store *store,
@@ -165,6 +247,31 @@ raddle_blend_work raddle_blend_expected_work(const raddle_blend_store *store,
     return work;
 }
 
+double raddle_blend_survey(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                           const raddle_blend_length *lengths, const raddle_blend_limits *limits,
+                           raddle_blend_work *out_work) {
+    raddle_blend_work total = {0};
+    double longest = 1, held = 0; /* tokens that no two requests share, times steps */
+    for (int32_t k = 0; k < trie->num_requests; k++) {
+        const int32_t i = trie->order[k];
+        const raddle_blend_length length = raddle_blend_length_of(store, lengths, i);
+        /* A repeated prompt counts as nothing, though its last token has to be computed. */
+        const int64_t cached =
+            (int64_t)raddle_blend_trie_shared_before(trie, k) * store->block_size;
+        const raddle_blend_work work = raddle_blend_expected_work(store, lengths, i, cached);
+        const double alone = store->requests[i].prompt_tokens -
+                             (double)raddle_blend_trie_shared(trie, k) * store->block_size;
+        total.tokens += work.tokens;
+        total.scores += work.scores;
+        total.reads += work.reads;
+        held += work.reads - (store->requests[i].prompt_tokens - alone) * (length.mean - 1);
+        longest = fmax(longest, length.mean);
+    }
+    *out_work = total;
+    return fmax(fmax(held / (double)limits->pool_tokens, total.tokens / limits->step_tokens),
+                longest);
+}
+
 static raddle_blend_length believed_length(const view *v, int32_t k) {
     const int32_t i = v->trie->order[k], node = v->trie->node_of[k];
     if (v->seen[i] >= 0) {
@@ -173,7 +280,11 @@ static raddle_blend_length believed_length(const view *v, int32_t k) {
     const raddle_blend_request *request = &v->store->requests[i];
     const double most = request->max_tokens;
     const bool has_node = node > 0 && is_of_one_group(v, &v->trie->nodes[node]);
-    const belief b = has_node ? v->nodes[node] : v->groups[request->group];
+    belief b = has_node ? v->nodes[node] : v->groups[request->group];
+    if (given(v, i) > 0) {
+        double share = 0;
+        b = outlived(v, request->group, given(v, i), &share);
+    }
     const double mean = fmin(fmax(b.mean, 1), most);
     return (raddle_blend_length){
         .mean = (float)mean,
@@ -182,9 +293,9 @@ static raddle_blend_length believed_length(const view *v, int32_t k) {
     };
 }
 
-static void guess(view *v, int32_t *lengths, int64_t *begin, raddle_blend_length *out) {
-    sort_by_group(v, lengths, begin);
-    believe_of_groups(v, lengths, begin);
+static void guess(view *v, raddle_blend_length *out) {
+    sort_by_group(v);
+    believe_of_groups(v);
     believe_of_nodes(v);
     for (int32_t k = 0; k < v->trie->num_requests; k++) {
         out[v->trie->order[k]] = believed_length(v, k);
@@ -193,28 +304,31 @@ static void guess(view *v, int32_t *lengths, int64_t *begin, raddle_blend_length
 
 raddle_status raddle_blend_lengths_guess(const raddle_blend_store *store,
                                          const raddle_blend_trie *trie, const int32_t *seen,
-                                         raddle_blend_length *out_lengths) {
+                                         const int32_t *so_far, raddle_blend_length *out_lengths) {
     const size_t requests = (size_t)store->num_requests, groups = (size_t)store->num_groups;
-    view v = {.store = store, .trie = trie, .seen = seen};
+    view v = {.store = store, .trie = trie, .seen = seen, .so_far = so_far};
     v.before = raddle_alloc_zero((requests + 1) * sizeof(moments));
     v.changes = raddle_alloc_zero((requests + 1) * sizeof(int32_t));
     v.groups = raddle_alloc_zero((groups + 1) * sizeof(belief));
     v.nodes = raddle_alloc_zero((size_t)trie->num_nodes * sizeof(belief));
     v.room = raddle_alloc_zero((groups + 1) * sizeof(double));
-    int32_t *lengths = raddle_alloc((requests + 1) * sizeof(int32_t));
-    int64_t *begin = raddle_alloc((groups + 1) * sizeof(int64_t));
+    v.points = raddle_alloc((requests + 1) * sizeof(point));
+    v.other_points = raddle_alloc((requests + 1) * sizeof(point));
+    v.begin = raddle_alloc((groups + 1) * sizeof(int64_t));
     const bool has_all = v.before != NULL && v.changes != NULL && v.groups != NULL &&
-                         v.nodes != NULL && v.room != NULL && lengths != NULL && begin != NULL;
+                         v.nodes != NULL && v.room != NULL && v.points != NULL &&
+                         v.other_points != NULL && v.begin != NULL;
     if (has_all) {
-        guess(&v, lengths, begin, out_lengths);
+        guess(&v, out_lengths);
     }
     raddle_free(v.before);
     raddle_free(v.changes);
     raddle_free(v.groups);
     raddle_free(v.nodes);
     raddle_free(v.room);
-    raddle_free(lengths);
-    raddle_free(begin);
+    raddle_free(v.points);
+    raddle_free(v.other_points);
+    raddle_free(v.begin);
     return has_all ? RADDLE_OK : raddle_fail_memory((requests + 1) * sizeof(moments));
 }
 

@@ -4,8 +4,11 @@
  * part of the work. Units are sorted by density, computing over reading, and dealt out in that order
  * to strata of equal work. Within a stratum units lie in the order of the tree, so that it walks
  * depth first and one path stays hot. Side by side the strata keep the mix of the whole from the
- * first step to the last, which two ends of one list do not. benchmarks/LOG.md has what their number
- * does.
+ * first step to the last, which two ends of one list do not.
+ *
+ * Many strata mix more evenly, and what is cut from its neighbours in the tree computes shared
+ * prefixes once more: there are as many as lose next to nothing. benchmarks/LOG.md has what their
+ * number does.
  */
 #include "blend/blend.h"
 
@@ -15,11 +18,12 @@
 #include "base/alloc.h"
 
 enum {
-    LEAST_BY_SHARE = 8,
-    POOL_PATHS = 20,        /* that the pool holds, for each stratum */
-    UNITS_PER_STRATUM = 8,  /* at least: so that strata come out even */
-    STRATA_TIMES_SHARE = 4, /* of prompts, the share that others have too */
+    POOL_PATHS = 30,      /* that the pool holds, for each stratum */
+    UNITS_PER_STRATUM = 8 /* at least: so that strata come out even */
 };
+
+/* Of all tokens that are computed, the share that strata may compute more than once. */
+static const double MOST_LOST = 0.005;
 
 typedef struct unit {
     double compute, read; /* seconds */
@@ -32,9 +36,11 @@ typedef struct dealing {
     const raddle_blend_trie *trie;
     const raddle_blend_length *lengths;
     double *compute, *read; /* [num_requests + 1] sums over the tree's order */
-    unit *units;
+    unit *units;            /* in the tree's order */
+    const unit **densest;   /* the same, densest first */
     int32_t num_units, num_strata;
-    double most; /* seconds of a unit that is left closed */
+    double most;   /* seconds of a unit that is left closed */
+    double tokens; /* that are computed, depth first */
 } dealing;
 
 static double seconds_between(const dealing *d, int32_t begin, int32_t end) {
@@ -55,24 +61,19 @@ static void add_up(dealing *d, const raddle_blend_cost *cost) {
         const double all = raddle_blend_plain_seconds(cost, &work, &read);
         d->compute[k + 1] = d->compute[k] + all - read;
         d->read[k + 1] = d->read[k] + read;
+        d->tokens += work.tokens;
     }
 }
 
-/* More strata mix more evenly, and each reads shared prefixes that others read too, and keeps one in
- * memory: as many as what there is to share allows, and the pool. A request's path is as long as what
- * it shares with others. */
-static int32_t count_strata(const dealing *d, const raddle_blend_limits *limits) {
-    double tokens = 0, blocks = 0;
+/* Each stratum keeps a path in memory, as long as what its requests share with others. */
+static int32_t most_by_pool(const dealing *d, const raddle_blend_limits *limits) {
+    double blocks = 0;
     for (int32_t k = 0; k < d->trie->num_requests; k++) {
-        tokens += d->store->requests[d->trie->order[k]].prompt_tokens;
         blocks += raddle_blend_trie_shared(d->trie, k);
     }
     const double path = blocks * d->store->block_size / d->trie->num_requests;
-    const double shared =
-        (double)(d->store->num_blocks - d->trie->distinct_blocks) * d->store->block_size;
-    const double by_share = fmax(STRATA_TIMES_SHARE * tokens / (shared + 1), LEAST_BY_SHARE);
-    const double by_pool = (double)limits->pool_tokens / (POOL_PATHS * (path + 1));
-    return (int32_t)fmax(fmin(fmin(by_share, by_pool), RADDLE_BLEND_MAX_STREAMS), 1);
+    const double most = (double)limits->pool_tokens / (POOL_PATHS * (path + 1));
+    return (int32_t)fmax(fmin(most, RADDLE_BLEND_MAX_STREAMS), 1);
 }
 
 static void add_unit(dealing *d, int32_t begin, int32_t end) {
@@ -107,49 +108,108 @@ static void open_units(dealing *d) {
 
 /* Densest first; of equal ones the earlier. compute / read, without dividing by 0. */
 static int by_density(const void *a, const void *b) {
-    const unit *x = a, *y = b;
+    const unit *x = *(const unit *const *)a, *y = *(const unit *const *)b;
     const double left = x->compute * y->read, right = y->compute * x->read;
     return left > right ? -1 : left < right ? 1 : (x->begin > y->begin) - (x->begin < y->begin);
 }
 
-static int by_stratum(const void *a, const void *b) {
-    const unit *x = a, *y = b;
-    return x->stratum != y->stratum ? (x->stratum > y->stratum) - (x->stratum < y->stratum)
-                                    : (x->begin > y->begin) - (x->begin < y->begin);
+static void sort_by_density(dealing *d) {
+    for (int32_t i = 0; i < d->num_units; i++) {
+        d->densest[i] = &d->units[i];
+    }
+    qsort(d->densest, (size_t)d->num_units, sizeof *d->densest, by_density);
 }
 
-static void deal(dealing *d, raddle_blend_plan *plan) {
+/* Of equal work each. */
+static void deal(dealing *d, int32_t num_strata) {
     const double all = seconds_between(d, 0, d->trie->num_requests);
     double before = 0;
-    qsort(d->units, (size_t)d->num_units, sizeof(unit), by_density);
     for (int32_t i = 0; i < d->num_units; i++) {
-        const double own = d->units[i].compute + d->units[i].read;
-        const int32_t stratum = (int32_t)((before + own / 2) / all * d->num_strata);
-        d->units[i].stratum = stratum < d->num_strata ? stratum : d->num_strata - 1;
+        unit *u = &d->units[d->densest[i] - d->units];
+        const double own = u->compute + u->read;
+        const int32_t stratum = (int32_t)((before + own / 2) / all * num_strata);
+        u->stratum = stratum < num_strata ? stratum : num_strata - 1;
         before += own;
     }
-    qsort(d->units, (size_t)d->num_units, sizeof(unit), by_stratum);
-    int32_t at = 0, last = -1;
-    plan->num_streams = 0;
+    d->num_strata = num_strata;
+}
+
+/* Blocks that two requests of the tree's order share, the later one's node given. */
+static int32_t shared_with(const raddle_blend_trie *trie, int32_t node, int32_t earlier) {
+    while (trie->nodes[node].request_begin > earlier) {
+        node = trie->nodes[node].parent;
+    }
+    return trie->nodes[node].depth;
+}
+
+/* Tokens that the strata compute and one walk through the tree would not. */
+static double lost_tokens(const dealing *d) {
+    int32_t last[RADDLE_BLEND_MAX_STREAMS]; /* request before, of each stratum */
+    int64_t blocks = 0;
+    for (int32_t i = 0; i < d->num_strata; i++) {
+        last[i] = -1;
+    }
     for (int32_t i = 0; i < d->num_units; i++) {
         const unit *u = &d->units[i];
-        if (u->stratum != last) {
-            last = u->stratum;
-            plan->stream_output[plan->num_streams] = 0;
-            plan->stream_seconds[plan->num_streams++] = 0;
+        const int32_t before = last[u->stratum];
+        const int32_t shared =
+            before < 0 ? 0 : shared_with(d->trie, d->trie->node_of[u->begin], before);
+        blocks += raddle_blend_trie_shared_before(d->trie, u->begin) - shared;
+        last[u->stratum] = u->end - 1;
+    }
+    return (double)blocks * d->store->block_size;
+}
+
+/* The strata as the plan's streams, each in the order of the tree. */
+static void lay_out(const dealing *d, raddle_blend_plan *plan) {
+    int32_t count[RADDLE_BLEND_MAX_STREAMS] = {0}, stream[RADDLE_BLEND_MAX_STREAMS];
+    int32_t next[RADDLE_BLEND_MAX_STREAMS], at = 0;
+    for (int32_t i = 0; i < d->num_units; i++) {
+        count[d->units[i].stratum] += d->units[i].end - d->units[i].begin;
+    }
+    plan->num_streams = 0;
+    for (int32_t i = 0; i < d->num_strata; i++) {
+        if (count[i] > 0) { /* one unit may be more than a stratum's share */
+            stream[i] = plan->num_streams++;
+            next[stream[i]] = at;
+            at += count[i];
+            plan->stream_end[stream[i]] = at;
+            plan->stream_seconds[stream[i]] = plan->stream_output[stream[i]] = 0;
         }
+    }
+    for (int32_t i = 0; i < d->num_units; i++) {
+        const unit *u = &d->units[i];
+        const int32_t to = stream[u->stratum];
+        plan->stream_seconds[to] += u->compute + u->read;
         for (int32_t k = u->begin; k < u->end; k++) {
-            plan->order[at++] = d->trie->order[k];
-            plan->stream_output[plan->num_streams - 1] +=
+            plan->order[next[to]++] = d->trie->order[k];
+            plan->stream_output[to] +=
                 raddle_blend_length_of(d->store, d->lengths, d->trie->order[k]).mean;
         }
-        plan->stream_end[plan->num_streams - 1] = at;
-        plan->stream_seconds[plan->num_streams - 1] += u->compute + u->read;
     }
     for (int32_t i = 0, begin = 0; i < plan->num_streams; begin = plan->stream_end[i++]) {
         plan->stream_output[i] /= plan->stream_end[i] - begin;
     }
     plan->is_paced = true;
+}
+
+/* The seconds of so much computing and reading beside each other. */
+static double beside(const raddle_blend_cost *cost, double compute, double read) {
+    return (1 - cost->alpha) * fmax(compute, read) + cost->alpha * (compute + read);
+}
+
+static double gain_of(const dealing *d, const raddle_blend_cost *cost) {
+    double compute[RADDLE_BLEND_MAX_STREAMS] = {0}, read[RADDLE_BLEND_MAX_STREAMS] = {0};
+    double apart = 0;
+    for (int32_t i = 0; i < d->num_units; i++) {
+        compute[d->units[i].stratum] += d->units[i].compute;
+        read[d->units[i].stratum] += d->units[i].read;
+    }
+    for (int32_t i = 0; i < d->num_strata; i++) {
+        apart += beside(cost, compute[i], read[i]);
+    }
+    const int32_t all = d->trie->num_requests;
+    return apart / beside(cost, d->compute[all], d->read[all]);
 }
 
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
@@ -163,17 +223,26 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
     d.compute = raddle_alloc((count + 1) * sizeof(double));
     d.read = raddle_alloc((count + 1) * sizeof(double));
     d.units = raddle_alloc(count * sizeof(unit));
-    if (d.compute == NULL || d.read == NULL || d.units == NULL) {
+    d.densest = raddle_alloc(count * sizeof(const unit *));
+    if (d.compute == NULL || d.read == NULL || d.units == NULL || d.densest == NULL) {
         status = raddle_fail_memory(count * sizeof(unit));
     } else if (count > 0) {
+        int32_t strata = most_by_pool(&d, limits);
         add_up(&d, cost);
-        d.num_strata = count_strata(&d, limits);
-        d.most = seconds_between(&d, 0, trie->num_requests) / (d.num_strata * UNITS_PER_STRATUM);
+        d.most = seconds_between(&d, 0, trie->num_requests) / (strata * UNITS_PER_STRATUM);
         open_units(&d);
-        deal(&d, plan);
+        sort_by_density(&d);
+        deal(&d, strata);
+        while (strata > 1 && lost_tokens(&d) > MOST_LOST * d.tokens) {
+            strata -= (strata + 3) / 4;
+            deal(&d, strata);
+        }
+        lay_out(&d, plan);
+        plan->gain = gain_of(&d, cost);
     }
     raddle_free(d.compute);
     raddle_free(d.read);
     raddle_free(d.units);
+    raddle_free(d.densest);
     return status;
 }

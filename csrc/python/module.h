@@ -26,6 +26,7 @@ int raddle_py_add_runtime(PyObject *module);   /* Workspace, Graph */
 int raddle_py_add_system(PyObject *module);    /* doctor's facts, cache, warmup, counters */
 int raddle_py_add_measure(PyObject *module);   /* what the benchmarks measure by */
 int raddle_py_add_capi(PyObject *module);      /* the function table for other extensions */
+int raddle_py_add_blend(PyObject *module);     /* BlendRequests: offline scheduling */
 
 /* Raises what the core noticed since the last call (cuda/notice.h) as RuntimeWarning: called when a
  * plan was made. -1 when a warning became an exception. */

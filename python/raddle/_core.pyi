@@ -381,3 +381,66 @@ def launch_counts() -> dict[str, int]: ...
 
 def tensor_open(tensor: _AnyTensor, count: int, /) -> None: ...
 def memory_read(tensor: _AnyTensor, /) -> None: ...
+
+# -- offline scheduling -------------------------------------------------------------------------
+
+# cost: the fields of CostModel by name. seen: [num_requests] int32, -1 where a length was not seen;
+# None: lengths are what the requests say.
+@final
+class BlendRequests:
+    def __new__(
+        cls,
+        block_size: int,
+        input_lengths: _AnyTensor | None,
+        output_lengths: _AnyTensor | None,
+        max_tokens: _AnyTensor | None,
+        sources: _AnyTensor | None,
+        weights: _AnyTensor | None,
+        hash_ids: _AnyTensor | None,
+        indptr: _AnyTensor | None,
+        tokens: _AnyTensor | None,
+    ) -> Self: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_requests(self) -> int: ...
+    @property
+    def num_sources(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def distinct_blocks(self) -> int: ...
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def has_unknown(self) -> bool: ...
+    @property
+    def build_seconds(self) -> float: ...
+    def output_lengths(self) -> Tensor: ...
+    def sample(self, rate: float, quota: int, seed: int, /) -> Tensor: ...
+    def order(
+        self,
+        policy: str,
+        cost: dict[str, Any],
+        pool_tokens: int,
+        step_tokens: int,
+        seed: int,
+        seen: _AnyTensor | None,
+        merged: bool,
+        /,
+    ) -> Tensor: ...
+    def simulate(
+        self,
+        policy: str,
+        cost: dict[str, Any],
+        pool_tokens: int,
+        step_tokens: int,
+        seed: int,
+        seen: _AnyTensor | None,
+        /,
+    ) -> dict[str, Any]: ...
+
+def blend_policy_names() -> tuple[str, ...]: ...
+def blend_check_cost(cost: dict[str, Any], /) -> None: ...

@@ -131,7 +131,7 @@ static void test_guesses(void) {
         for (int32_t k = 0; k < count; k++) {
             r.node[trie.order[k]] = trie.node_of[k];
         }
-        CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, lengths));
+        CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, NULL, lengths));
         check_guesses(&r, lengths);
         raddle_blend_trie_fini(&trie);
         raddle_blend_store_fini(&store);
@@ -150,7 +150,7 @@ static void test_room(void) {
         seen[i] = i < 11 ? 10 * (i + 1) : RADDLE_BLEND_UNKNOWN;
     }
     CHECK_OK(raddle_blend_trie_build(&store, &trie));
-    CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, lengths));
+    CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, NULL, lengths));
     CHECK(lengths[11].mean == 60.0f);
     CHECK(lengths[11].square == 4600.0f); /* of 10, 20, ... 110 */
     CHECK_INT(lengths[11].room, 90);

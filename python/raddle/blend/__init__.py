@@ -1,0 +1,22 @@
+"""Offline scheduling: in which order a file of requests takes least time, and what that time is.
+
+Requests that share prefixes are computed once when they run one after the other; requests that
+compute much and requests that read much hide behind each other when they run at once. An order that
+does both beats either, after BlendServe (arXiv 2411.16102). Times are those of a model of the
+machine (CostModel), not of a machine.
+"""
+
+from .cost import CostModel
+from .requests import Requests
+from .run import Result, Timeline, compare, order, policy_names, simulate
+
+__all__ = [
+    "CostModel",
+    "Requests",
+    "Result",
+    "Timeline",
+    "compare",
+    "order",
+    "policy_names",
+    "simulate",
+]

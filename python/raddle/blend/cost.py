@@ -1,0 +1,177 @@
+"""What a step costs: a model on a machine, in a dozen numbers."""
+
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, fields
+
+from .. import _core
+from ..errors import ArgumentError, DTypeError, RaddleIOError
+
+# What is reached, by the model of BlendServe's notes: rates that its Table 1 implies for an A100
+# (arXiv 2411.16102), and assumed ones for an H100. Neither was measured here.
+HARDWARE = {
+    "a100": {"gemm_rate": 225e12, "read_rate": 1.73e12, "alpha": 0.45},
+    "h100": {"gemm_rate": 600e12, "read_rate": 2.9e12, "alpha": 0.3},
+}
+_OPTIONAL = ("rate_tokens", "attention_flops_rate", "overhead")  # of hardware
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step follow from the tokens through its GEMMs, the query-key pairs of its
+    prefill attention (scores) and the tokens of K and V that its decode attention reads:
+
+        compute = tokens x flops_per_token / gemm_rate + scores x flops_per_score
+                  / attention_flops_rate
+        read    = (weight_bytes + tokens of K and V x kv_bytes_per_token) / read_rate
+        seconds = max(compute, read) + alpha x min(compute, read) + overhead
+
+    Rates are per second. gemm_rate: a number, or up to 16 for the numbers of tokens in rate_tokens
+    (ascending; between them the time is linear). alpha: the share of the shorter that does not hide
+    behind the longer, 0 (perfect overlap) to 1 (none). After BlendServe (arXiv 2411.16102), which
+    has neither weights nor imperfect overlap. ArgumentError and DTypeError name a bad field.
+    """
+
+    flops_per_token: float
+    flops_per_score: float
+    kv_bytes_per_token: float  # of all layers
+    weight_bytes: float  # that a step reads
+    attention_flops_rate: float
+    read_rate: float  # bytes per second
+    gemm_rate: tuple  # FLOP per second
+    alpha: float
+    rate_tokens: tuple = (1.0,)
+    overhead: float = 0.0  # seconds
+
+    def __post_init__(self):
+        for name in ("gemm_rate", "rate_tokens"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, (int, float)) else value
+            if not isinstance(value, (list, tuple)):
+                kind = type(value).__name__
+                raise DTypeError(f"cost model: {name}: expected a number or a list, got {kind}")
+            object.__setattr__(self, name, tuple(value))
+        _core.blend_check_cost(self.to_dict())
+
+    @classmethod
+    def from_config(cls, config, hardware):
+        """A model by its transformers config.json, on a machine.
+
+        config: the file's content, its path or its folder: Llama, Mistral, Qwen 2 and 3, and with
+        experts Mixtral, Qwen2Moe and Qwen3Moe. Parameters are counted exactly. A token costs 2
+        FLOPs for each that it uses (as the paper counts, the embedding table is one of them), a
+        score 4 x heads x head_dim x layers; a step reads all weights, with experts all of them. K
+        and V are in the model's dtype.
+
+        hardware: "a100" (225 TFLOP/s, 1.73 TB/s, alpha 0.45) or "h100" (600 TFLOP/s, 2.9 TB/s,
+        alpha 0.3), figures of the notes' model, not measured here; or a dict, or the path of a JSON
+        object, of gemm_rate, read_rate and alpha, and where they differ from what stands here
+        rate_tokens ([1]), attention_flops_rate (the largest gemm_rate) and overhead (0).
+
+        Raises UnsupportedError for a model that is not known, ArgumentError, RaddleIOError.
+        """
+        from .shape import Shape
+
+        shape = Shape.from_dict(_config(config))
+        return cls(
+            flops_per_token=2.0 * shape.active_parameters,
+            flops_per_score=4.0 * shape.num_qo_heads * shape.head_dim * shape.num_layers,
+            kv_bytes_per_token=float(shape.kv_bytes),
+            weight_bytes=float(shape.parameters * shape.dtype_bytes),
+            **_hardware(hardware),
+        )
+
+    @classmethod
+    def load(cls, path):
+        """Read what save() wrote. RaddleIOError, ArgumentError."""
+        required = [field.name for field in fields(cls) if field.default is MISSING]
+        optional = [field.name for field in fields(cls) if field.default is not MISSING]
+        return cls(**_checked(path, _read_object(path), required, optional))
+
+    def save(self, path):
+        """Write the fields as a JSON object. RaddleIOError."""
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=2)
+                file.write("\n")
+        except OSError as error:
+            raise RaddleIOError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def to_dict(self):
+        """The fields by name."""
+        return asdict(self)
+
+    def memory_tokens(self, memory_bytes):
+        """Tokens of K and V that fit into memory_bytes beside the weights: a pool_tokens.
+
+        ArgumentError when there is no room for one.
+        """
+        tokens = int((memory_bytes - self.weight_bytes) // self.kv_bytes_per_token)
+        if tokens < 1:
+            raise ArgumentError(
+                f"memory_bytes: expected more than the weights, {self.weight_bytes:.4g} bytes, and "
+                f"a token of K and V, {self.kv_bytes_per_token:.4g}; got {memory_bytes:.4g}"
+            )
+        return tokens
+
+
+def _read_object(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise RaddleIOError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are kinds of it
+        raise RaddleIOError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise RaddleIOError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _checked(name, content, required, optional):
+    unknown = sorted(content.keys() - {*required, *optional})
+    if unknown:
+        known = ", ".join((*required, *optional))
+        raise ArgumentError(f"{name}: {unknown[0]}: unknown; expected {known}")
+    for field in required:
+        if field not in content:
+            raise ArgumentError(f"{name}: {field}: is missing")
+    return content
+
+
+def _config(config):
+    if isinstance(config, dict):
+        return config
+    if os.path.isdir(config):
+        config = os.path.join(config, "config.json")
+    return _read_object(config)
+
+
+def _hardware(hardware):
+    name = hardware if isinstance(hardware, (str, os.PathLike)) else "hardware"
+    if isinstance(hardware, dict):
+        content = hardware
+    elif hardware in HARDWARE:
+        content = HARDWARE[hardware]
+    elif isinstance(hardware, str) and not os.path.exists(hardware):
+        raise ArgumentError(
+            f"hardware: {hardware!r} is neither one of {', '.join(HARDWARE)} nor a file"
+        )
+    else:
+        content = _read_object(hardware)
+    found = dict(_checked(name, content, ("gemm_rate", "read_rate", "alpha"), _OPTIONAL))
+    rates = found["gemm_rate"]
+    if "attention_flops_rate" not in found:
+        found["attention_flops_rate"] = max(rates) if isinstance(rates, (list, tuple)) else rates
+    return found
