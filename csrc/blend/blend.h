@@ -225,11 +225,14 @@ int64_t raddle_blend_forecast_peak(raddle_blend_forecast *forecast, int64_t base
 enum { RADDLE_BLEND_MAX_STREAMS = 32, RADDLE_BLEND_LPM_WINDOW = 128 };
 
 typedef enum raddle_blend_policy {
-    RADDLE_BLEND_FCFS,   /* as they came */
-    RADDLE_BLEND_RANDOM, /* no prefix order, an even mix */
-    RADDLE_BLEND_LPM,    /* as they came, but of a window that with the longest prefix in memory */
-    RADDLE_BLEND_DFS,    /* depth first through the tree: all sharing there is */
-    RADDLE_BLEND_PACED,  /* strata of like density side by side, each depth first; computing and
+    RADDLE_BLEND_FCFS, /* as they came */
+    RADDLE_BLEND_RANDOM,
+    RADDLE_BLEND_LPM,     /* as they came, but of a window that with the longest prefix in memory */
+    RADDLE_BLEND_DFS,     /* depth first through the tree: all sharing there is */
+    RADDLE_BLEND_BALANCE, /* an even mix of densities, in no order of prefixes */
+    RADDLE_BLEND_BLEND, /* BlendServe: from the densest and the least dense end at once, memory and
+                             tokens shared out so that both together are as dense as the whole */
+    RADDLE_BLEND_PACED, /* strata of like density side by side, each depth first; computing and
                             reading meted out so that both last to the end */
     RADDLE_BLEND_NUM_POLICIES
 } raddle_blend_policy;
@@ -243,6 +246,7 @@ raddle_status raddle_blend_policy_find(const char *name, raddle_blend_policy *ou
 typedef struct raddle_blend_plan {
     int32_t num_streams;
     bool is_paced;
+    bool is_dual;   /* one stream, taken from both ends */
     int32_t window; /* of a stream's next requests, of which the one with most in memory is taken */
     int32_t *order; /* [num_requests] stream after stream */
     int32_t stream_end[RADDLE_BLEND_MAX_STREAMS];    /* in order */
@@ -260,7 +264,44 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
                                      const raddle_blend_length *lengths, uint64_t seed,
                                      raddle_blend_plan *out_plan);
 void raddle_blend_plan_fini(raddle_blend_plan *plan);
-/* paced: the strata. plan->order has room. */
+/* Of a request, as the paper has it: seconds of computing over those of reading, where the last token
+ * is read too, so that a prompt with one token is not without end. */
+double raddle_blend_dual_density(const raddle_blend_store *store, const raddle_blend_cost *cost,
+                                 const raddle_blend_length *lengths, int32_t request,
+                                 int64_t cached);
+
+/* What a scanner of `blend` sees at its end, and what it gets. */
+typedef struct raddle_blend_end {
+    double density;        /* raddle_blend_dual_density */
+    double prompt, output; /* tokens to compute; to generate */
+    double held;           /* tokens of the pool, when half of the output is there */
+    double memory, budget; /* out: tokens of the pool; of prompts in a step */
+} raddle_blend_end;
+
+/* Shares the pool out between the two ends, so that together they are as dense as the whole, and the
+ * tokens of a step by how fast requests take turns in each share (BlendServe, section 5.3). */
+void raddle_blend_share_out(double density, double pool, raddle_blend_end ends[2]);
+
+/* What each request adds when all come depth first, seconds added up over the tree's order: the prefix
+ * that it shares with the one before it is computed already. */
+typedef struct raddle_blend_sums {
+    double *compute, *read; /* [num_requests + 1] */
+    double tokens;          /* that are computed */
+} raddle_blend_sums;
+
+raddle_status raddle_blend_sums_init(raddle_blend_sums *sums, const raddle_blend_store *store,
+                                     const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                     const raddle_blend_length *lengths);
+void raddle_blend_sums_fini(raddle_blend_sums *sums);
+
+/* One policy each; plan->order has room. */
+raddle_status raddle_blend_plan_balance(const raddle_blend_store *store,
+                                        const raddle_blend_cost *cost,
+                                        const raddle_blend_length *lengths,
+                                        raddle_blend_plan *plan);
+raddle_status raddle_blend_plan_dual(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                                     const raddle_blend_cost *cost,
+                                     const raddle_blend_length *lengths, raddle_blend_plan *plan);
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        const raddle_blend_trie *trie, const raddle_blend_cost *cost,
                                        const raddle_blend_limits *limits,

@@ -35,34 +35,15 @@ typedef struct dealing {
     const raddle_blend_store *store;
     const raddle_blend_trie *trie;
     const raddle_blend_length *lengths;
-    double *compute, *read; /* [num_requests + 1] sums over the tree's order */
-    unit *units;            /* in the tree's order */
-    const unit **densest;   /* the same, densest first */
+    raddle_blend_sums sums;
+    unit *units;          /* in the tree's order */
+    const unit **densest; /* the same, densest first */
     int32_t num_units, num_strata;
-    double most;   /* seconds of a unit that is left closed */
-    double tokens; /* that are computed, depth first */
+    double most; /* seconds of a unit that is left closed */
 } dealing;
 
 static double seconds_between(const dealing *d, int32_t begin, int32_t end) {
-    return d->compute[end] - d->compute[begin] + d->read[end] - d->read[begin];
-}
-
-/* What each request adds when all come depth first: the prefix that it shares with the one before it
- * is computed already. */
-static void add_up(dealing *d, const raddle_blend_cost *cost) {
-    d->compute[0] = d->read[0] = 0;
-    for (int32_t k = 0; k < d->trie->num_requests; k++) {
-        const int32_t request = d->trie->order[k];
-        const int64_t cached =
-            (int64_t)raddle_blend_trie_shared_before(d->trie, k) * d->store->block_size;
-        const raddle_blend_work work =
-            raddle_blend_expected_work(d->store, d->lengths, request, cached);
-        double read = 0;
-        const double all = raddle_blend_plain_seconds(cost, &work, &read);
-        d->compute[k + 1] = d->compute[k] + all - read;
-        d->read[k + 1] = d->read[k] + read;
-        d->tokens += work.tokens;
-    }
+    return d->sums.compute[end] - d->sums.compute[begin] + d->sums.read[end] - d->sums.read[begin];
 }
 
 /* Each stratum keeps a path in memory, as long as what its requests share with others. */
@@ -79,8 +60,8 @@ static int32_t most_by_pool(const dealing *d, const raddle_blend_limits *limits)
 static void add_unit(dealing *d, int32_t begin, int32_t end) {
     if (begin < end) {
         d->units[d->num_units++] = (unit){
-            .compute = d->compute[end] - d->compute[begin],
-            .read = d->read[end] - d->read[begin],
+            .compute = d->sums.compute[end] - d->sums.compute[begin],
+            .read = d->sums.read[end] - d->sums.read[begin],
             .begin = begin,
             .end = end,
         };
@@ -209,7 +190,7 @@ static double gain_of(const dealing *d, const raddle_blend_cost *cost) {
         apart += beside(cost, compute[i], read[i]);
     }
     const int32_t all = d->trie->num_requests;
-    return apart / beside(cost, d->compute[all], d->read[all]);
+    return apart / beside(cost, d->sums.compute[all], d->sums.read[all]);
 }
 
 raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
@@ -219,29 +200,25 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
                                        raddle_blend_plan *plan) {
     const size_t count = (size_t)trie->num_requests;
     dealing d = {.store = store, .trie = trie, .lengths = lengths};
-    raddle_status status = RADDLE_OK;
-    d.compute = raddle_alloc((count + 1) * sizeof(double));
-    d.read = raddle_alloc((count + 1) * sizeof(double));
+    raddle_status status = raddle_blend_sums_init(&d.sums, store, trie, cost, lengths);
     d.units = raddle_alloc(count * sizeof(unit));
     d.densest = raddle_alloc(count * sizeof(const unit *));
-    if (d.compute == NULL || d.read == NULL || d.units == NULL || d.densest == NULL) {
+    if (status == RADDLE_OK && (d.units == NULL || d.densest == NULL)) {
         status = raddle_fail_memory(count * sizeof(unit));
-    } else if (count > 0) {
+    } else if (status == RADDLE_OK && count > 0) {
         int32_t strata = most_by_pool(&d, limits);
-        add_up(&d, cost);
         d.most = seconds_between(&d, 0, trie->num_requests) / (strata * UNITS_PER_STRATUM);
         open_units(&d);
         sort_by_density(&d);
         deal(&d, strata);
-        while (strata > 1 && lost_tokens(&d) > MOST_LOST * d.tokens) {
+        while (strata > 1 && lost_tokens(&d) > MOST_LOST * d.sums.tokens) {
             strata -= (strata + 3) / 4;
             deal(&d, strata);
         }
         lay_out(&d, plan);
         plan->gain = gain_of(&d, cost);
     }
-    raddle_free(d.compute);
-    raddle_free(d.read);
+    raddle_blend_sums_fini(&d.sums);
     raddle_free(d.units);
     raddle_free(d.densest);
     return status;

@@ -15,8 +15,10 @@ static const double PROMISES_ENOUGH = 1.15;
 static const double LESS_SURE = 1.03;
 
 static const char *const policy_names[RADDLE_BLEND_NUM_POLICIES] = {
-    [RADDLE_BLEND_FCFS] = "fcfs", [RADDLE_BLEND_RANDOM] = "random", [RADDLE_BLEND_LPM] = "lpm",
-    [RADDLE_BLEND_DFS] = "dfs",   [RADDLE_BLEND_PACED] = "paced",
+    [RADDLE_BLEND_FCFS] = "fcfs",       [RADDLE_BLEND_RANDOM] = "random",
+    [RADDLE_BLEND_LPM] = "lpm",         [RADDLE_BLEND_DFS] = "dfs",
+    [RADDLE_BLEND_BALANCE] = "balance", [RADDLE_BLEND_BLEND] = "blend",
+    [RADDLE_BLEND_PACED] = "paced",
 };
 
 const char *raddle_blend_policy_name(raddle_blend_policy policy) {
@@ -61,6 +63,35 @@ double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_bl
     }
     return work->tokens * cost->flops_per_token / cost->gemm_rate[cost->num_rates - 1] +
            work->scores * cost->flops_per_score / cost->attention_flops_rate + read;
+}
+
+raddle_status raddle_blend_sums_init(raddle_blend_sums *sums, const raddle_blend_store *store,
+                                     const raddle_blend_trie *trie, const raddle_blend_cost *cost,
+                                     const raddle_blend_length *lengths) {
+    const size_t bytes = ((size_t)trie->num_requests + 1) * sizeof(double);
+    *sums = (raddle_blend_sums){.compute = raddle_alloc(bytes), .read = raddle_alloc(bytes)};
+    if (sums->compute == NULL || sums->read == NULL) {
+        return raddle_fail_memory(2 * bytes);
+    }
+    sums->compute[0] = sums->read[0] = 0;
+    for (int32_t k = 0; k < trie->num_requests; k++) {
+        const int64_t cached =
+            (int64_t)raddle_blend_trie_shared_before(trie, k) * store->block_size;
+        const raddle_blend_work work =
+            raddle_blend_expected_work(store, lengths, trie->order[k], cached);
+        double read = 0;
+        const double all = raddle_blend_plain_seconds(cost, &work, &read);
+        sums->compute[k + 1] = sums->compute[k] + all - read;
+        sums->read[k + 1] = sums->read[k] + read;
+        sums->tokens += work.tokens;
+    }
+    return RADDLE_OK;
+}
+
+void raddle_blend_sums_fini(raddle_blend_sums *sums) {
+    raddle_free(sums->compute);
+    raddle_free(sums->read);
+    memset(sums, 0, sizeof *sums);
 }
 
 static raddle_status make_order(const raddle_blend_trie *trie, raddle_blend_policy policy,
@@ -149,7 +180,11 @@ raddle_status raddle_blend_plan_make(const raddle_blend_store *store, const radd
     RADDLE_TRY(raddle_blend_cost_check(cost));
     RADDLE_TRY(make_order(trie, policy, seed, &plan));
     raddle_status status = RADDLE_OK;
-    if (policy == RADDLE_BLEND_PACED) {
+    if (policy == RADDLE_BLEND_BALANCE) {
+        status = raddle_blend_plan_balance(store, cost, lengths, &plan);
+    } else if (policy == RADDLE_BLEND_BLEND) {
+        status = raddle_blend_plan_dual(store, trie, cost, lengths, &plan);
+    } else if (policy == RADDLE_BLEND_PACED) {
         status = raddle_blend_plan_strata(store, trie, cost, limits, lengths, &plan);
         if (status == RADDLE_OK && trie->num_requests > 0) {
             status = prefer_depth_first(store, trie, cost, limits, lengths, &plan);
