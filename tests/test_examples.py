@@ -12,7 +12,9 @@ import pytest
 
 pytestmark = pytest.mark.keeps_blocks  # compiled variants stay
 
-VARIANTS = Path(__file__).resolve().parent.parent / "examples" / "variants" / "variants.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+VARIANTS = EXAMPLES / "variants" / "variants.py"
+BLEND_SCHEDULER = EXAMPLES / "blend_scheduler.py"
 
 if not VARIANTS.is_file():
     pytest.skip("needs a checkout: examples is not here", allow_module_level=True)
@@ -49,3 +51,25 @@ def test_variants_can_be_wrong(capsys, monkeypatch):
         pytest.skip("needs cc: there is no C compiler on the PATH")
     monkeypatch.setattr(example, "VARIANTS", [other_cap])
     assert example.main([]) == 1
+
+
+def test_blend_scheduler(capsys):
+    assert load(BLEND_SCHEDULER).main(["--requests", "6000"]) == 0
+    first, dfs, paced, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("6000 requests") and "simulated" in first
+    assert dfs.split()[0] == "dfs" and paced.split()[0] == "paced"
+    assert 0.5 < float(last.split()[2]) < 1  # of the time
+
+
+def test_blend_scheduler_can_be_wrong(capsys, monkeypatch):
+    """The example's own check fails when a request ends too early."""
+    example = load(BLEND_SCHEDULER)
+    run = example.run
+
+    def run_less(*arguments, **options):
+        scheduler, seconds, given = run(*arguments, **options)
+        given[len(given) // 2] -= 1
+        return scheduler, seconds, given
+
+    monkeypatch.setattr(example, "run", run_less)
+    assert example.main(["--requests", "200"]) == 1

@@ -311,6 +311,25 @@ raddle_status raddle_blend_plan_strata(const raddle_blend_store *store,
 double raddle_blend_plain_seconds(const raddle_blend_cost *cost, const raddle_blend_work *work,
                                   double *out_read);
 
+/* ------------------------------------------------------------------ several replicas */
+
+enum { RADDLE_BLEND_MAX_REPLICAS = 1024 };
+
+typedef struct raddle_blend_shares {
+    /* The largest share of all computing or reading that a replica has, with what it computes again. */
+    double busiest;
+    double tokens, tokens_again; /* that one walk computes; that replicas compute besides */
+    int32_t num_runs;            /* of neighbours in the tree that stay together */
+} raddle_blend_shares;
+
+/* out_replicas [num_requests]: 0 .. num_replicas - 1, or num_replicas: the share `tail` of the work, in
+ * small runs, that belongs to whoever is done first. */
+raddle_status raddle_blend_partition(const raddle_blend_store *store, const raddle_blend_trie *trie,
+                                     const raddle_blend_cost *cost,
+                                     const raddle_blend_length *lengths, int32_t num_replicas,
+                                     double tail, int32_t *out_replicas,
+                                     raddle_blend_shares *out_shares);
+
 /* ------------------------------------------------------------------ the scheduler */
 
 /* Says what each step does; when a request has given its last token is for the caller to say. */

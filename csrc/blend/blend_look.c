@@ -20,8 +20,7 @@ static raddle_blend_work work_left(const scheduler *s, int32_t request) {
     return (raddle_blend_work){.tokens = unread + left, .reads = left * prompt + squares / 2};
 }
 
-raddle_status raddle_blend_look_again(scheduler *s) {
-    s->left = (raddle_blend_work){0};
+void raddle_blend_look_again(scheduler *s) {
     for (int64_t i = 0; i < s->store->num_requests; i++) {
         const life *l = &s->lives[i];
         s->so_far[i] = raddle_blend_scheduler_generated(s, (int32_t)i);
@@ -29,7 +28,11 @@ raddle_status raddle_blend_look_again(scheduler *s) {
                      : s->lengths[i].is_seen ? (int32_t)s->lengths[i].mean
                                              : RADDLE_BLEND_UNKNOWN;
     }
-    RADDLE_TRY(raddle_blend_lengths_guess(s->store, s->trie, s->seen, s->so_far, s->lengths));
+    if (raddle_blend_lengths_guess(s->store, s->trie, s->seen, s->so_far, s->lengths) !=
+        RADDLE_OK) {
+        return;
+    }
+    s->left = (raddle_blend_work){0};
     for (int32_t k = 0; k < s->trie->num_requests; k++) {
         const int32_t i = s->trie->order[k];
         if (s->lives[i].stage == DONE) {
@@ -44,7 +47,6 @@ raddle_status raddle_blend_look_again(scheduler *s) {
         s->left.tokens += work.tokens;
         s->left.reads += work.reads;
     }
-    return RADDLE_OK;
 }
 
 /* ------------------------------------------------------------------ the whole */
@@ -109,7 +111,12 @@ static raddle_status open_scheduler(scheduler *s, const raddle_blend_length *len
     s->lives = raddle_alloc_zero(requests * sizeof(life));
     s->prefilling = raddle_alloc(requests * sizeof(int32_t));
     s->order = raddle_alloc(requests * sizeof(int32_t));
-    if (s->lives == NULL || s->prefilling == NULL || s->order == NULL) {
+    s->preempted = raddle_alloc(requests * sizeof(int32_t));
+    const size_t chunks =
+        (size_t)s->limits.step_tokens < requests ? (size_t)s->limits.step_tokens : requests;
+    s->chunks = raddle_alloc(chunks * sizeof(raddle_blend_chunk));
+    if (s->lives == NULL || s->prefilling == NULL || s->order == NULL || s->preempted == NULL ||
+        s->chunks == NULL) {
         return raddle_fail_memory(requests * sizeof(life));
     }
     memcpy(s->order, s->plan->order, (requests - 1) * sizeof(int32_t));
@@ -162,7 +169,7 @@ void raddle_blend_scheduler_destroy(raddle_blend_scheduler *s) {
     raddle_free(s->lives);
     raddle_free(s->prefilling);
     raddle_free(s->order);
-    raddle_free(s->chunks.items);
-    raddle_free(s->preempted.items);
+    raddle_free(s->chunks);
+    raddle_free(s->preempted);
     raddle_free(s);
 }

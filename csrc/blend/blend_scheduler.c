@@ -9,23 +9,7 @@
  */
 #include "blend/blend_scheduler.h"
 
-#include "base/alloc.h"
-
 enum { NONE = RADDLE_BLEND_NONE };
-
-/* A place for one more item of so many bytes; NULL without memory. */
-static void *append(list *to, size_t bytes) {
-    if (to->count == to->capacity) {
-        const int32_t capacity = to->capacity == 0 ? 64 : 2 * to->capacity;
-        void *items = raddle_realloc(to->items, (size_t)capacity * bytes);
-        if (items == NULL) {
-            return NULL;
-        }
-        to->items = items;
-        to->capacity = capacity;
-    }
-    return (char *)to->items + (size_t)to->count++ * bytes;
-}
 
 /* ------------------------------------------------------------------ decoding */
 
@@ -97,24 +81,19 @@ static void leave(scheduler *s, int32_t request, int64_t last, bool waits_again)
 }
 
 /* The newest steps back: what it generated is computed again as part of its prompt. */
-static raddle_status preempt(scheduler *s) {
+static void preempt(scheduler *s) {
     const int32_t request = s->newest;
-    int32_t *place = append(&s->preempted, sizeof(int32_t));
-    if (place == NULL) {
-        return raddle_fail_memory((size_t)s->preempted.capacity * 2 * sizeof(int32_t));
-    }
-    *place = request;
+    s->preempted[s->num_preempted++] = request;
     leave(s, request, s->step - 1, true);
     s->lives[request].next = s->again;
     s->again = request;
     s->counts.preemptions++;
-    return RADDLE_OK;
 }
 
 /* ------------------------------------------------------------------ a step */
 
 /* Chunks of prompts until the step is full. */
-static raddle_status fill_with_prompts(scheduler *s, raddle_blend_step *step) {
+static void fill_with_prompts(scheduler *s, raddle_blend_step *step) {
     int64_t room = raddle_blend_pace(s, step->work.reads) - s->counts.decoding;
     if (s->first_prefilling < s->end_prefilling) { /* what is begun keeps its speed */
         const int32_t request = s->prefilling[s->first_prefilling % s->store->num_requests];
@@ -130,10 +109,7 @@ static raddle_status fill_with_prompts(scheduler *s, raddle_blend_step *step) {
         const int64_t whole = prompt_and_generated(s, request);
         const int64_t count = whole - l->done < left ? whole - l->done : left;
         const raddle_blend_work part = raddle_blend_request_work(l->done + count, l->done, 1);
-        raddle_blend_chunk *chunk = append(&s->chunks, sizeof *chunk);
-        if (chunk == NULL) {
-            return raddle_fail_memory((size_t)s->chunks.capacity * 2 * sizeof *chunk);
-        }
+        raddle_blend_chunk *chunk = &s->chunks[s->num_chunks++];
         *chunk = (raddle_blend_chunk){
             .request = request,
             .begin = l->done,
@@ -152,27 +128,26 @@ static raddle_status fill_with_prompts(scheduler *s, raddle_blend_step *step) {
             s->counts.hit_tokens += l->generated == 0 ? l->cached : 0;
         }
     }
-    return RADDLE_OK;
 }
 
 raddle_status raddle_blend_scheduler_begin(raddle_blend_scheduler *s, raddle_blend_step *out_step) {
     RADDLE_REQUIRE(!s->is_open, RADDLE_ERR_STATE,
                    "step: the last one has not ended; say first who gave a last token in it");
-    s->chunks.count = s->preempted.count = 0;
+    s->num_chunks = s->num_preempted = 0;
     raddle_blend_forecast_advance(&s->forecast, s->step);
     while (s->counts.decoding > 0 && !raddle_blend_pool_grow(&s->pool, s->counts.decoding)) {
-        RADDLE_TRY(preempt(s));
+        preempt(s);
     }
     s->first_open = s->first_prefilling;
     raddle_blend_step step = {
         .num_decoding = s->counts.decoding,
         .work = {.tokens = s->counts.decoding, .reads = (double)(s->context + s->counts.decoding)}};
     s->context += s->counts.decoding;
-    RADDLE_TRY(fill_with_prompts(s, &step));
-    step.preempted = s->preempted.items;
-    step.num_preempted = s->preempted.count;
-    step.chunks = s->chunks.items;
-    step.num_chunks = s->chunks.count;
+    fill_with_prompts(s, &step);
+    step.preempted = s->preempted;
+    step.num_preempted = s->num_preempted;
+    step.chunks = s->chunks;
+    step.num_chunks = s->num_chunks;
     const int64_t held = s->pool.shared_tokens + s->pool.own_tokens;
     s->counts.peak_tokens = held > s->counts.peak_tokens ? held : s->counts.peak_tokens;
     s->counts.held_tokens = held;
@@ -223,7 +198,7 @@ raddle_status raddle_blend_scheduler_end(raddle_blend_scheduler *s, const int32_
     s->is_open = false;
     if (s->lengths != NULL && s->counts.done >= s->next_look) {
         s->next_look = s->counts.done + (int32_t)(s->store->num_requests / RADDLE_BLEND_LOOKS) + 1;
-        return raddle_blend_look_again(s);
+        raddle_blend_look_again(s);
     }
     return RADDLE_OK;
 }

@@ -37,11 +37,6 @@ typedef struct dual_end {
     double debt;           /* tokens that were admitted ahead of the budget */
 } dual_end;
 
-typedef struct list {
-    void *items;
-    int32_t count, capacity;
-} list;
-
 struct raddle_blend_scheduler {
     const raddle_blend_store *store;
     const raddle_blend_trie *trie;
@@ -68,9 +63,12 @@ struct raddle_blend_scheduler {
     int64_t first_prefilling, end_prefilling;
     int64_t
         first_open; /* of the queue: ends its prompt in the step at hand, as those up to first_prefilling */
-    int32_t newest;         /* of the decoding */
-    int64_t context;        /* tokens that they hold, all together */
-    list chunks, preempted; /* of the step at hand */
+    int32_t newest;  /* of the decoding */
+    int64_t context; /* tokens that they hold, all together */
+    /* Of the step at hand: a request has one chunk at most, and of one token at least. */
+    raddle_blend_chunk *chunks; /* [min(num_requests, step_tokens)] */
+    int32_t *preempted;         /* [num_requests] */
+    int32_t num_chunks, num_preempted;
 };
 
 typedef raddle_blend_scheduler scheduler;
@@ -99,7 +97,8 @@ static inline int64_t own_tokens(const scheduler *s, int32_t request) {
 bool raddle_blend_admit_next(scheduler *s, int64_t chunk);
 /* Tokens that this step may have, by what its decodes read. */
 int64_t raddle_blend_pace(scheduler *s, double reads);
-/* Looks again at what outputs are thought to be, and at what is left to do. */
-raddle_status raddle_blend_look_again(scheduler *s);
+/* Looks again at what outputs are thought to be, and at what is left to do; without memory for it,
+ * things stay as they were thought to be. */
+void raddle_blend_look_again(scheduler *s);
 
 #endif

@@ -17,13 +17,9 @@
 
 enum { MOMENT_COLUMNS = 7 };
 
-typedef struct requests_object {
-    PyObject_HEAD raddle_blend_store store;
-    raddle_blend_trie trie;
-    int64_t prompt_tokens;
-    bool has_unknown;     /* outputs */
-    double build_seconds; /* that the tree took */
-} requests_object;
+typedef raddle_py_blend_requests requests_object;
+
+PyTypeObject *raddle_py_blend_requests_type;
 
 static double monotonic_seconds(void) {
     struct timespec now;
@@ -157,25 +153,6 @@ static PyObject *sample(requests_object *self, PyObject *const *objects, Py_ssiz
     return result;
 }
 
-/* Guesses lengths where not all were seen, and plans. */
-static raddle_status make_plan(const requests_object *self, raddle_py_blend_question *q,
-                               raddle_blend_plan *out_plan, double *out_seconds) {
-    const double begin = monotonic_seconds();
-    if (q->seen != NULL) {
-        const size_t bytes = (size_t)self->store.num_requests * sizeof *q->lengths;
-        q->lengths = raddle_alloc(bytes);
-        if (q->lengths == NULL) {
-            return raddle_fail_memory(bytes);
-        }
-        RADDLE_TRY(
-            raddle_blend_lengths_guess(&self->store, &self->trie, q->seen, NULL, q->lengths));
-    }
-    RADDLE_TRY(raddle_blend_plan_make(&self->store, &self->trie, &q->cost, &q->limits, q->policy,
-                                      q->lengths, q->seed, out_plan));
-    *out_seconds = monotonic_seconds() - begin;
-    return RADDLE_OK;
-}
-
 /* Streams side by side, each as far on in what its requests cost as the others: as they would be
  * admitted if all fitted at once. */
 static void merge_streams(const requests_object *self, const raddle_py_blend_question *q,
@@ -208,8 +185,7 @@ static void merge_streams(const requests_object *self, const raddle_py_blend_que
 static raddle_status make_order(const requests_object *self, raddle_py_blend_question *q,
                                 bool is_merged, int32_t *out_order) {
     raddle_blend_plan plan = {0};
-    double unused = 0;
-    RADDLE_TRY(make_plan(self, q, &plan, &unused));
+    RADDLE_TRY(raddle_py_blend_make_plan(self, q, &plan));
     const size_t requests = (size_t)self->store.num_requests;
     double *seconds = is_merged ? raddle_alloc(requests * sizeof *seconds) : NULL;
     raddle_status status = RADDLE_OK;
@@ -304,7 +280,9 @@ static PyObject *simulate(requests_object *self, PyObject *const *objects, Py_ss
     raddle_status status = line != NULL ? RADDLE_OK : raddle_fail_memory(sizeof *line);
     Py_BEGIN_ALLOW_THREADS;
     if (status == RADDLE_OK) {
-        status = make_plan(self, &q, &plan, &seconds);
+        const double begin = monotonic_seconds();
+        status = raddle_py_blend_make_plan(self, &q, &plan);
+        seconds = monotonic_seconds() - begin;
     }
     if (status == RADDLE_OK) {
         status = raddle_blend_simulate(&self->store, &self->trie, &q.cost, &q.limits, &plan,
@@ -412,7 +390,9 @@ int raddle_py_add_blend(PyObject *module) {
     if (type == NULL) {
         return -1;
     }
-    const int result = PyModule_AddObjectRef(module, "BlendRequests", type);
-    Py_DECREF(type);
-    return result < 0 ? -1 : PyModule_AddFunctions(module, functions);
+    Py_XSETREF(raddle_py_blend_requests_type, (PyTypeObject *)type);
+    return PyModule_AddObjectRef(module, "BlendRequests", type) < 0 ||
+                   PyModule_AddFunctions(module, functions) < 0
+               ? -1
+               : raddle_py_blend_add_scheduler(module);
 }

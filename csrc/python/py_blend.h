@@ -16,6 +16,17 @@ typedef struct raddle_py_blend_arrays {
     const raddle_tensor *hash_ids, *indptr, *tokens;
 } raddle_py_blend_arrays;
 
+/* raddle._core.BlendRequests. Never changes once it is made. */
+typedef struct raddle_py_blend_requests {
+    PyObject_HEAD raddle_blend_store store;
+    raddle_blend_trie trie;
+    int64_t prompt_tokens;
+    bool has_unknown;     /* outputs */
+    double build_seconds; /* that the tree took */
+} raddle_py_blend_requests;
+
+extern PyTypeObject *raddle_py_blend_requests_type; /* set by the module's exec slot */
+
 /* py_blend_load.c. Appends them all. The arrays may change meanwhile: what is read is checked where
  * it is read. No Python: the caller need not hold the GIL. */
 raddle_status raddle_py_blend_load(const raddle_py_blend_arrays *arrays, raddle_blend_store *store);
@@ -38,10 +49,16 @@ typedef struct raddle_py_blend_question {
 int raddle_py_blend_parse_question(const raddle_blend_store *store, bool has_unknown,
                                    PyObject *const *objects, raddle_py_blend_question *q);
 void raddle_py_blend_close_question(raddle_py_blend_question *q); /* of one that was parsed */
+/* Guesses lengths where not all were seen, and plans. No Python: the caller need not hold the GIL. */
+raddle_status raddle_py_blend_make_plan(const raddle_py_blend_requests *requests,
+                                        raddle_py_blend_question *q, raddle_blend_plan *out_plan);
 /* The fields of raddle_blend_cost; gemm_rate and rate_tokens are sequences of as many numbers. */
 int raddle_py_blend_parse_cost(PyObject *dict, raddle_blend_cost *cost);
 int raddle_py_blend_parse_int(PyObject *object, const char *name, int64_t least, int64_t most,
                               int64_t *out_value);
 int raddle_py_blend_parse_seed(PyObject *object, uint64_t *out_seed);
+
+/* py_blend_scheduler.c: the type BlendScheduler. */
+int raddle_py_blend_add_scheduler(PyObject *module);
 
 #endif

@@ -181,3 +181,18 @@ void raddle_py_blend_close_question(raddle_py_blend_question *q) {
     raddle_free(q->seen);
     raddle_free(q->lengths);
 }
+
+raddle_status raddle_py_blend_make_plan(const raddle_py_blend_requests *requests,
+                                        raddle_py_blend_question *q, raddle_blend_plan *out_plan) {
+    const raddle_blend_store *store = &requests->store;
+    if (q->seen != NULL) {
+        const size_t bytes = (size_t)store->num_requests * sizeof *q->lengths;
+        q->lengths = raddle_alloc(bytes);
+        if (q->lengths == NULL) {
+            return raddle_fail_memory(bytes);
+        }
+        RADDLE_TRY(raddle_blend_lengths_guess(store, &requests->trie, q->seen, NULL, q->lengths));
+    }
+    return raddle_blend_plan_make(store, &requests->trie, &q->cost, &q->limits, q->policy,
+                                  q->lengths, q->seed, out_plan);
+}

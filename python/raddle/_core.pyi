@@ -1,6 +1,7 @@
 """Types of the C module. Use raddle's own classes and functions: these names may change."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Self, final
 
 __version__: str
@@ -441,6 +442,27 @@ class BlendRequests:
         seen: _AnyTensor | None,
         /,
     ) -> dict[str, Any]: ...
+
+@final
+class BlendScheduler:
+    def __new__(
+        cls,
+        requests: BlendRequests,
+        policy: str,
+        cost: dict[str, Any],
+        pool_tokens: int,
+        step_tokens: int,
+        seed: int,
+        seen: _AnyTensor | None,
+    ) -> Self: ...
+    @property
+    def num_done(self) -> int: ...
+    # preempted; of chunks: request, begin, count, is_first, is_last; num_decoding; tokens, scores,
+    # reads; prompt_tokens, hit_tokens; seconds.
+    def step(self) -> tuple[Any, ...]: ...
+    def retire(self, ended: _AnyTensor | Sequence[int], /) -> None: ...
+    def generated(self, request: int, /) -> int: ...
+    def counts(self) -> dict[str, int]: ...
 
 def blend_policy_names() -> tuple[str, ...]: ...
 def blend_check_cost(cost: dict[str, Any], /) -> None: ...

@@ -1,6 +1,6 @@
 // needs: base/status.c base/alloc.c base/hash.c blend/*.c
-/* test_blend_lengths.c - guesses against their definition, request by request; samples are as many as
- * asked and no request is preferred. */
+/* test_blend_lengths.c - guesses against their definition, request by request, also when some requests
+ * are under way; samples are as many as asked and no request is preferred. */
 #include <math.h>
 
 #include "check.h"
@@ -183,6 +183,181 @@ static void test_expected_work(void) {
     raddle_blend_store_fini(&store);
 }
 
+/* ------------------------------------------------------------------ under way */
+
+/* Lengths of one group: the outputs of those that ended, what the others have given so far. */
+typedef struct observed {
+    int32_t count, length[MOST];
+    bool has_ended[MOST];
+} observed;
+
+static int32_t longest_of(const observed *all) {
+    int32_t longest = 0;
+    for (int32_t i = 0; i < all->count; i++) {
+        longest = all->length[i] > longest ? all->length[i] : longest;
+    }
+    return longest;
+}
+
+/* The share of lengths above t, as Kaplan and Meier define it: of those that were seen to reach u, who
+ * did not end there, multiplied over all u up to t. Behind the longest it is 0. */
+static double survival(const observed *all, int32_t t) {
+    double share = 1;
+    for (int32_t u = 1; u <= t; u++) {
+        int32_t reached = 0, ended = 0;
+        for (int32_t i = 0; i < all->count; i++) {
+            reached += all->length[i] >= u;
+            ended += all->length[i] == u && all->has_ended[i];
+        }
+        share *= reached > 0 ? 1 - (double)ended / reached : 0;
+    }
+    return t < longest_of(all) ? share : 0;
+}
+
+/* Mean of the length, or of its square, of those that are longer than so_far. */
+static double mean_beyond(const observed *all, int32_t so_far, int power) {
+    const double reached = survival(all, so_far);
+    double mean = power == 1 ? so_far : (double)so_far * so_far;
+    for (int32_t t = so_far; reached > 0 && t < longest_of(all); t++) {
+        mean += survival(all, t) / reached * (power == 1 ? 1 : 2 * t + 1);
+    }
+    return mean;
+}
+
+/* The group's shortest length that at most this share is longer than. */
+static int32_t exceeded_by(const observed *all, double share) {
+    int32_t shortest = longest_of(all);
+    for (int32_t i = 0; i < all->count; i++) {
+        const bool is_enough = survival(all, all->length[i]) <= share;
+        shortest = is_enough && all->length[i] < shortest ? all->length[i] : shortest;
+    }
+    return shortest;
+}
+
+static void check_under_way(const observed *all, const raddle_blend_request *request,
+                            int32_t so_far, const raddle_blend_length *is) {
+    const double most = request->max_tokens;
+    const double mean = fmin(fmax(mean_beyond(all, so_far, 1), 1), most);
+    const double square = fmax(fmin(mean_beyond(all, so_far, 2), mean * most), mean * mean);
+    const double low = fmax(exceeded_by(all, 0.2 + 1e-9) / mean_beyond(all, 0, 1), 1);
+    const double high = fmax(exceeded_by(all, 0.2 - 1e-9) / mean_beyond(all, 0, 1), 1);
+    CHECK(fabs(is->mean - mean) <= 1e-6 * mean);
+    CHECK(fabs(is->square - square) <= 1e-6 * square);
+    CHECK(!is->is_seen && is->mean >= (float)so_far && is->room >= so_far);
+    CHECK(is->room >= fmin(mean * low, most) * (1 - 1e-9)); /* rounded up */
+    CHECK(is->room <= fmin(mean * high * (1 + 1e-9) + 1, most));
+}
+
+typedef enum censoring { NONE_ENDED, ALL_ENDED, LONGEST_UNDER_WAY, ANY, NUM_CENSORINGS } censoring;
+
+/* One group's requests: lengths of few values, and some that have given nothing yet. */
+static void add_observed(raddle_blend_store *store, int32_t group, censoring kind, int32_t count,
+                         observed *all, int32_t *seen, int32_t *so_far) {
+    const int32_t values = 1 + random_below(30), odds = 1 + random_below(9);
+    int32_t longest = -1;
+    *all = (observed){0};
+    for (int32_t k = 0; k < count; k++) {
+        const int32_t i = (int32_t)store->num_requests, length = 1 + random_below(values);
+        const bool has_ended = kind == ALL_ENDED || (kind != NONE_ENDED && random_below(10) < odds);
+        const bool is_observed = has_ended || kind == NONE_ENDED || random_below(4) > 0;
+        add(store, NULL, 0, group, RADDLE_BLEND_UNKNOWN, length + random_below(2 * values));
+        seen[i] = has_ended ? length : RADDLE_BLEND_UNKNOWN;
+        so_far[i] = is_observed && (!has_ended || random_below(2)) ? length : 0;
+        if (is_observed) {
+            longest = longest < 0 || length >= all->length[longest] ? all->count : longest;
+            all->length[all->count] = length;
+            all->has_ended[all->count++] = has_ended;
+        }
+    }
+    /* The last is the longest, and under way, or only it has ended. */
+    const int32_t last = (int32_t)store->num_requests;
+    const int32_t length = kind == LONGEST_UNDER_WAY ? values + 1 + random_below(9) : values;
+    add(store, NULL, 0, group, RADDLE_BLEND_UNKNOWN, 2 * length);
+    seen[last] = kind == ALL_ENDED ? length : RADDLE_BLEND_UNKNOWN;
+    so_far[last] = kind == ALL_ENDED ? 0 : length;
+    all->length[all->count] = length;
+    all->has_ended[all->count++] = kind == ALL_ENDED;
+}
+
+static void test_under_way(void) {
+    for (int round = 0; round < 160; round++) {
+        raddle_blend_store store;
+        raddle_blend_trie trie;
+        int32_t seen[MOST], so_far[MOST];
+        raddle_blend_length lengths[MOST], again[MOST];
+        observed of[GROUPS];
+        raddle_blend_store_init(&store, BLOCK);
+        for (int32_t g = 0; g < GROUPS; g++) {
+            add_observed(&store, g, (censoring)random_below(NUM_CENSORINGS),
+                         random_below(MOST / GROUPS - 1), &of[g], seen, so_far);
+        }
+        CHECK_OK(raddle_blend_trie_build(&store, &trie));
+        CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, so_far, lengths));
+        for (int32_t i = 0; i < (int32_t)store.num_requests; i++) {
+            const raddle_blend_request *request = &store.requests[i];
+            if (seen[i] >= 0) {
+                CHECK(lengths[i].mean == (float)seen[i] && lengths[i].room == seen[i]);
+                CHECK(lengths[i].is_seen);
+            } else {
+                check_under_way(&of[request->group], request, so_far[i], &lengths[i]);
+            }
+        }
+        /* What happens in one group changes nothing in the others. */
+        const int32_t other = random_below(GROUPS);
+        for (int32_t i = 0; i < (int32_t)store.num_requests; i++) {
+            if (store.requests[i].group == other) {
+                seen[i] = random_below(2) ? 1 + random_below(500) : RADDLE_BLEND_UNKNOWN;
+                so_far[i] = random_below(500);
+            }
+        }
+        CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, so_far, again));
+        for (int32_t i = 0; i < (int32_t)store.num_requests; i++) {
+            const raddle_blend_length *a = &lengths[i], *b = &again[i];
+            CHECK(store.requests[i].group == other ||
+                  (a->mean == b->mean && a->square == b->square && a->room == b->room));
+        }
+        raddle_blend_trie_fini(&trie);
+        raddle_blend_store_fini(&store);
+    }
+}
+
+/* Requests that began one after the other, looked at while many still run: those that ended are the
+ * short ones. The longer a request has run, the sooner it ends: an even draw from a range. */
+static void test_those_that_end_early_do_not_mislead(void) {
+    enum { COUNT = 1500, LONGEST = 200 };
+    for (int round = 0; round < 12; round++) {
+        raddle_blend_store store;
+        raddle_blend_trie trie;
+        static int32_t seen[COUNT], so_far[COUNT];
+        static raddle_blend_length lengths[COUNT];
+        double ended = 0, sum = 0, under_way = 0, rest = 0;
+        raddle_blend_store_init(&store, BLOCK);
+        for (int32_t i = 0; i < COUNT; i++) {
+            const int32_t output = 1 + random_below(LONGEST), time = random_below(LONGEST + 20);
+            add(&store, NULL, 0, 0, RADDLE_BLEND_UNKNOWN, 1000);
+            seen[i] = output <= time ? output : RADDLE_BLEND_UNKNOWN;
+            so_far[i] = output <= time ? 0 : time;
+            ended += output <= time;
+            sum += output <= time ? output : 0;
+            under_way += output > time;
+            rest += output > time ? output : 0;
+        }
+        CHECK_OK(raddle_blend_trie_build(&store, &trie));
+        CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, so_far, lengths));
+        const double truth = (1 + LONGEST) / 2.0;
+        double guessed = 0, of_one_to_come = 0;
+        for (int32_t i = 0; i < COUNT; i++) {
+            guessed += seen[i] < 0 ? lengths[i].mean : 0;
+            of_one_to_come = seen[i] < 0 && so_far[i] == 0 ? lengths[i].mean : of_one_to_come;
+        }
+        CHECK(truth - sum / ended > 15); /* so much they mislead */
+        CHECK(fabs(of_one_to_come - truth) < 6);
+        CHECK(fabs(guessed / under_way - rest / under_way) < 6); /* of those under way, too */
+        raddle_blend_trie_fini(&trie);
+        raddle_blend_store_fini(&store);
+    }
+}
+
 /* ------------------------------------------------------------------ samples */
 
 static void test_samples(void) {
@@ -230,6 +405,8 @@ int main(void) {
     random_state = 5;
     test_guesses();
     test_room();
+    test_under_way();
+    test_those_that_end_early_do_not_mislead();
     test_expected_work();
     test_samples();
     CHECK_INT(raddle_alloc_live(), 0);

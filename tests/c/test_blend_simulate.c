@@ -258,42 +258,58 @@ static void test_pacing_hides_reads_behind_computing(void) {
     raddle_blend_store_fini(&store);
 }
 
+typedef struct expected {
+    int64_t base, end;
+} expected;
+
+/* At the end of every bucket: who is there, and what they hold. */
+static int64_t peak_of(const expected *live, int count, int64_t now, int64_t base, int64_t end) {
+    int64_t peak = 0;
+    for (int64_t bucket = now / RADDLE_BLEND_BUCKET; bucket < (now + 6100) / 64; bucket++) {
+        const int64_t then = (bucket + 1) * RADDLE_BLEND_BUCKET - 1;
+        int64_t sum = (end > now ? end : now) / 64 >= bucket ? base + then : 0;
+        for (int i = 0; i < count; i++) {
+            const int64_t until = live[i].end > now ? live[i].end : now;
+            sum += until / 64 >= bucket ? live[i].base + then : 0;
+        }
+        peak = sum > peak ? sum : peak;
+    }
+    return peak;
+}
+
+/* What was asked before and what changed since, and by how much, makes no difference. */
 static void test_forecast(void) {
     enum { MOST = 60 };
     for (int round = 0; round < 50; round++) {
-        struct {
-            int64_t base, end;
-        } live[MOST];
+        expected live[MOST];
         int count = 0;
         raddle_blend_forecast forecast;
         CHECK_OK(raddle_blend_forecast_init(&forecast, 2000));
         int64_t now = 0;
         for (int step = 0; step < 300; step++) {
-            now += random_below(40);
-            raddle_blend_forecast_advance(&forecast, now);
-            if (count < MOST && random_below(2)) {
-                live[count].base = random_below(500) - now;
-                live[count].end = now + random_below(2000);
-                raddle_blend_forecast_add(&forecast, live[count].base, live[count].end, 1);
-                count++;
-            } else if (count > 0) {
+            const int change = random_below(4), longest = round % 2 == 0 ? 2000 : 300;
+            if (change == 0) {
+                now += random_below(random_below(8) == 0 ? 3000 : 40);
+                raddle_blend_forecast_advance(&forecast, now);
+            } else if (count > 0 && (count == MOST || change == 1)) {
                 const int i = random_below(count);
                 raddle_blend_forecast_add(&forecast, live[i].base, live[i].end, -1);
                 live[i] = live[--count];
+            } else if (change == 2) { /* in one of five, expected to have ended by now */
+                live[count].base = random_below(500) - now;
+                live[count].end = now + random_below(5 * longest / 4) - longest / 4;
+                live[count].end = live[count].end > 0 ? live[count].end : 0;
+                raddle_blend_forecast_add(&forecast, live[count].base, live[count].end, 1);
+                count++;
+            } /* or nothing changes */
+            for (int asked = random_below(4); asked > 0; asked--) {
+                const int64_t base = random_below(500) - now;
+                const int64_t ends[] = {now + random_below(longest), now - random_below(500),
+                                        now + random_below(6000)}; /* of one that is thought long */
+                const int64_t end = ends[random_below(3)];
+                CHECK_INT(raddle_blend_forecast_peak(&forecast, base, end),
+                          peak_of(live, count, now, base, end));
             }
-            const int64_t base = random_below(500) - now, end = now + random_below(2000);
-            /* At the end of every bucket: who is there, and what they hold. */
-            int64_t peak = 0;
-            for (int64_t bucket = now / RADDLE_BLEND_BUCKET; bucket < (now + 2100) / 64; bucket++) {
-                const int64_t then = (bucket + 1) * RADDLE_BLEND_BUCKET - 1;
-                int64_t sum = end / 64 >= bucket ? base + then : 0;
-                for (int i = 0; i < count; i++) {
-                    const int64_t until = live[i].end > now ? live[i].end : now;
-                    sum += until / 64 >= bucket ? live[i].base + then : 0;
-                }
-                peak = sum > peak ? sum : peak;
-            }
-            CHECK_INT(raddle_blend_forecast_peak(&forecast, base, end), peak);
         }
         raddle_blend_forecast_fini(&forecast);
     }

@@ -3,17 +3,21 @@
 Requests that share prefixes are computed once when they run one after the other; requests that
 compute much and requests that read much hide behind each other when they run at once. An order that
 does both beats either, after BlendServe (arXiv 2411.16102). Times are those of a model of the
-machine (CostModel), not of a machine.
+machine (CostModel), not of a machine. An engine of its own is told what to do, step by step, by a
+Scheduler.
 """
 
 from .cost import CostModel
 from .requests import Requests
 from .run import Result, Timeline, compare, order, policy_names, simulate
+from .scheduler import Scheduler, Step
 
 __all__ = [
     "CostModel",
     "Requests",
     "Result",
+    "Scheduler",
+    "Step",
     "Timeline",
     "compare",
     "order",
