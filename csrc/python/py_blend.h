@@ -58,7 +58,12 @@ int raddle_py_blend_parse_int(PyObject *object, const char *name, int64_t least,
                               int64_t *out_value);
 int raddle_py_blend_parse_seed(PyObject *object, uint64_t *out_seed);
 
-/* py_blend_scheduler.c: the type BlendScheduler. */
+/* int32 [num_requests], raddle_free it; NULL: None was given, and requests know all their outputs. */
+int raddle_py_blend_parse_seen(const raddle_blend_store *store, bool has_unknown, PyObject *object,
+                               int32_t **out_seen);
+
+/* py_blend_partition.c: a function; py_blend_scheduler.c: the type BlendScheduler. */
+int raddle_py_blend_add_partition(PyObject *module);
 int raddle_py_blend_add_scheduler(PyObject *module);
 
 #endif

@@ -116,8 +116,8 @@ int raddle_py_blend_parse_cost(PyObject *dict, raddle_blend_cost *cost) {
 
 /* A copy of what was seen. What a request says of itself counts as seen where nothing is given and
  * not all is known. */
-static int parse_seen(const raddle_blend_store *store, bool has_unknown, PyObject *object,
-                      int32_t **out_seen) {
+int raddle_py_blend_parse_seen(const raddle_blend_store *store, bool has_unknown, PyObject *object,
+                               int32_t **out_seen) {
     *out_seen = NULL;
     if (object == Py_None && !has_unknown) {
         return 0;
@@ -170,7 +170,7 @@ int raddle_py_blend_parse_question(const raddle_blend_store *store, bool has_unk
                                   &q->limits.pool_tokens) < 0 ||
         raddle_py_blend_parse_int(objects[3], "step_tokens", 1, INT32_MAX, &step_tokens) < 0 ||
         raddle_py_blend_parse_seed(objects[4], &q->seed) < 0 ||
-        parse_seen(store, has_unknown, objects[5], &q->seen) < 0) {
+        raddle_py_blend_parse_seen(store, has_unknown, objects[5], &q->seen) < 0) {
         return -1;
     }
     q->limits.step_tokens = (int32_t)step_tokens;

@@ -8,12 +8,14 @@ Scheduler.
 """
 
 from .cost import CostModel
+from .partition import Partition, partition
 from .requests import Requests
 from .run import Result, Timeline, compare, order, policy_names, simulate
 from .scheduler import Scheduler, Step
 
 __all__ = [
     "CostModel",
+    "Partition",
     "Requests",
     "Result",
     "Scheduler",
@@ -21,6 +23,7 @@ __all__ = [
     "Timeline",
     "compare",
     "order",
+    "partition",
     "policy_names",
     "simulate",
 ]

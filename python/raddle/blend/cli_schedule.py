@@ -10,6 +10,7 @@ import sys
 from ..errors import ArgumentError, RaddleError, RaddleIOError
 from .cost import LLAMA_3_8B, CostModel
 from .files import kind_of
+from .partition import partition
 from .plot import need_matplotlib, plot, seconds_text
 from .requests import Requests
 from .run import compare, order, policy_names
@@ -42,6 +43,7 @@ def add_arguments(parser):
     )
     add("--sample-rate", type=float, help=f"with --lengths sample (default: {SAMPLE_RATE})")
     add("--seed", type=int, default=0, help="of the sample and of random (default: 0)")
+    add("--replicas", type=int, help="also deal the requests out to so many, and say how evenly")
     add("--memory-bytes", type=float, default=KV_BYTES, help="of K and V (default: 60e9)")
     add("--step-tokens", type=int, default=2048, help="the most of a step (default: 2048)")
     add("--model", metavar="DIR", help="folder whose tokenizer reads an OpenAI file's prompts")
@@ -85,14 +87,38 @@ def _run(args):
     results = [found[name] for name in names]
     print(_describe(args, kind, requests, options, found["dfs"].bound_seconds))
     print(_table(results, found["dfs"].seconds))
+    shares = _deal(args, requests, cost, options)
     if args.json is not None:
-        _write(args.json, json.dumps(_report(args, kind, requests, cost, options, results, found)))
+        _write(
+            args.json,
+            json.dumps(_report(args, kind, requests, cost, options, results, found) | shares),
+        )
     if args.order is not None:
         best = min(results, key=lambda result: result.seconds).policy
         _write(args.order, _order_lines(requests, order(requests, cost, best, **options)))
         print(f"order of {best}: {args.order}")
     if args.plot is not None:
         plot(results, pool_tokens, args.plot)
+
+
+def _deal(args, requests, cost, options):
+    """What --replicas adds to the report; printed too."""
+    if args.replicas is None:
+        return {}
+    names = ("lengths", "sample_rate", "seed")
+    dealt = partition(requests, cost, args.replicas, **{name: options[name] for name in names})
+    print(
+        f"{args.replicas} replicas: {dealt.speedup:.2f} times one at most, "
+        f"{dealt.duplicated:.3%} more tokens"
+    )
+    return {
+        "replicas": {
+            "count": args.replicas,
+            "speedup": dealt.speedup,
+            "duplicated": dealt.duplicated,
+            "requests": [len(part) for part in dealt.parts],
+        }
+    }
 
 
 def _policies(text):
