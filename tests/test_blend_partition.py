@@ -60,7 +60,7 @@ def test_unknown_outputs_and_refusals(cost):
         block_size=16, input_lengths=np.full(50, 40, np.int32), max_tokens=np.full(50, 9, np.int32)
     )
     assert sum(map(len, partition(requests, cost, 4).parts)) == 50
-    for replicas, tail, message in ((0, 0, "replicas"), (2, 1.5, "tail"), (2, "x", "")):
+    for replicas, tail, message in ((0, 0, "replicas"), (2, 1.5, "tail"), (2, "x", "number")):
         with pytest.raises((RaddleError, TypeError), match=message):
             partition(requests, cost, replicas, tail=tail)
     with pytest.raises((RaddleError, TypeError), match="replicas"):

@@ -210,8 +210,7 @@ bool raddle_blend_admit_next(scheduler *s, int64_t chunk) {
 
 /* ------------------------------------------------------------------ pace */
 
-/* A pool that is not full, at first or because the pace was too slow,
- * is filled at full speed. */
+/* A pool that is not full, at first or because the pace was too slow, is filled at full speed. */
 int64_t raddle_blend_pace(scheduler *s, double reads) {
     const int64_t held = s->pool.own_tokens + s->pool.shared_tokens - s->pool.evictable_tokens;
     const double pool = (double)s->limits.pool_tokens;
