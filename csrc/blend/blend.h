@@ -174,8 +174,8 @@ raddle_status raddle_blend_lengths_sample(const raddle_blend_store *store, doubl
                                           int64_t *out_count);
 /* seen [num_requests]: lengths, or RADDLE_BLEND_UNKNOWN. The others follow from those of their group
  * and of requests that share a prefix. so_far [num_requests], or NULL: tokens that requests which have
- * not ended have given; a group's mean is what all of it gave over those that ended, so that those
- * that end early do not make it short. */
+ * not ended have given; a group's lengths then follow its survival curve, so that those that end early
+ * do not make them short. */
 raddle_status raddle_blend_lengths_guess(const raddle_blend_store *store,
                                          const raddle_blend_trie *trie, const int32_t *seen,
                                          const int32_t *so_far, raddle_blend_length *out_lengths);

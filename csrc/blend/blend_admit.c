@@ -47,7 +47,9 @@ static bool admit(scheduler *s, int32_t request, int64_t chunk) {
     const int64_t missing = (int64_t)from->num_blocks * s->store->block_size -
                             raddle_blend_pool_held(&s->pool, l->node);
     const int64_t prefill_steps = 1 + (own + missing + chunk - 1) / chunk;
-    const int64_t end = s->step + prefill_steps + expected_left(s, request);
+    /* An engine may have let it run on past its max_tokens. */
+    const int64_t stay = prefill_steps + expected_left(s, request);
+    const int64_t end = s->step + (stay < s->longest_stay ? stay : s->longest_stay);
     const int64_t read = s->pool.shared_tokens - s->pool.evictable_tokens;
     const int64_t peak = raddle_blend_forecast_peak(&s->forecast, own - s->step, end);
     int64_t cached = 0;

@@ -151,7 +151,7 @@ static void believe_of_groups(view *v) {
                        : all.count > 0 ? (belief){all.sum / all.count, all.squares / all.count}
                                        : (belief){INFINITY, INFINITY};
         int64_t high = 0;
-        while (high + 1 < seen && points[high].longer > 1 - ROOM_QUANTILE) {
+        while (high + 1 < seen && points[high].longer > 1 - ROOM_QUANTILE + 1e-9) {
             high++;
         }
         v->room[g] = seen > 0 ? fmax(points[high].length / v->groups[g].mean, 1) : 1;

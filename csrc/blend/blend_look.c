@@ -76,11 +76,10 @@ static int64_t longest_stay(const scheduler *s) {
     int64_t longest = 0;
     for (int64_t i = 0; i < s->store->num_requests; i++) {
         const raddle_blend_request *from = &s->store->requests[i];
-        const int64_t output =
-            from->output_tokens == RADDLE_BLEND_UNKNOWN ? from->max_tokens : from->output_tokens;
-        const int64_t room = s->lengths == NULL ? 0 : s->lengths[i].room;
-        const int64_t stay =
-            1 + from->prompt_tokens + (output > room ? output : room) + RADDLE_BLEND_BUCKET;
+        /* What is thought of an output may grow up to max_tokens. */
+        const bool is_known = s->lengths == NULL && from->output_tokens != RADDLE_BLEND_UNKNOWN;
+        const int64_t output = is_known ? from->output_tokens : from->max_tokens;
+        const int64_t stay = 1 + from->prompt_tokens + output + RADDLE_BLEND_BUCKET;
         longest = stay > longest ? stay : longest;
     }
     return longest;
@@ -129,7 +128,8 @@ static raddle_status open_scheduler(scheduler *s, const raddle_blend_length *len
         s->lives[s->trie->order[k]].node = s->trie->node_of[k];
     }
     look_ahead(s);
-    RADDLE_TRY(raddle_blend_forecast_init(&s->forecast, longest_stay(s)));
+    s->longest_stay = longest_stay(s);
+    RADDLE_TRY(raddle_blend_forecast_init(&s->forecast, s->longest_stay));
     return raddle_blend_pool_init(&s->pool, s->trie, s->store->block_size, s->limits.pool_tokens);
 }
 

@@ -171,7 +171,9 @@ static bool can_end(const scheduler *s, int32_t request) {
 
 raddle_status raddle_blend_scheduler_end(raddle_blend_scheduler *s, const int32_t *ended,
                                          int32_t num_ended) {
-    RADDLE_REQUIRE(s->is_open, RADDLE_ERR_STATE, "retire: no step has begun");
+    RADDLE_REQUIRE(s->is_open, RADDLE_ERR_STATE, "ended: no step has begun");
+    RADDLE_REQUIRE(num_ended >= 0, RADDLE_ERR_VALUE, "num_ended: expected at least 0, got %d",
+                   (int)num_ended);
     int32_t marked = 0;
     while (marked < num_ended && can_end(s, ended[marked])) {
         s->lives[ended[marked++]].is_ending = true;

@@ -52,8 +52,9 @@ struct raddle_blend_scheduler {
     raddle_blend_work left; /* of what is expected */
     life *lives;
     int64_t step;
-    bool is_open;                           /* between begin and end of a step */
-    int32_t *order;                         /* the plan's, with what a window puts first */
+    int64_t longest_stay; /* steps from an admission to an expected end; the forecast has no more */
+    bool is_open;         /* between begin and end of a step */
+    int32_t *order;       /* the plan's, with what a window puts first */
     int32_t next[RADDLE_BLEND_MAX_STREAMS]; /* in order */
     double seconds_done[RADDLE_BLEND_MAX_STREAMS], lead[RADDLE_BLEND_MAX_STREAMS];
     bool is_ramped;      /* the pool was full once */

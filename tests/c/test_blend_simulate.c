@@ -353,9 +353,45 @@ static void test_what_cannot_be_simulated(void) {
     raddle_blend_store_fini(&store);
 }
 
+/* Outputs that turn out ten times as long as the first one seen: what is thought of them grows past
+ * all that was known when the run began. */
+static void test_guesses_that_grow(void) {
+    enum { COUNT = 400 };
+    static int32_t seen[COUNT];
+    static raddle_blend_length lengths[COUNT];
+    raddle_blend_store store;
+    raddle_blend_trie trie;
+    raddle_blend_plan plan;
+    raddle_blend_result result = {0};
+    const raddle_blend_cost cost = model(0.3, 1e9);
+    const raddle_blend_limits limits = {.pool_tokens = 30000, .step_tokens = 64};
+    fill(&store, 0, 0);
+    for (int32_t i = 0; i < COUNT; i++) {
+        const bool is_long = i % 5 == 1 || i % 50 == 7;
+        const uint64_t blocks[2] = {is_long, is_long};
+        const raddle_blend_request request = {.num_blocks = 2,
+                                              .prompt_tokens = 2 * BLOCK + 1,
+                                              .output_tokens = is_long ? 1000 : 100,
+                                              .max_tokens = 20000,
+                                              .weight = 1.0f};
+        CHECK_OK(raddle_blend_store_add(&store, &request, blocks));
+        seen[i] = i == 0 ? 100 : RADDLE_BLEND_UNKNOWN;
+    }
+    CHECK_OK(raddle_blend_trie_build(&store, &trie));
+    CHECK_OK(raddle_blend_lengths_guess(&store, &trie, seen, NULL, lengths));
+    CHECK_OK(raddle_blend_plan_make(&store, &trie, &cost, &limits, RADDLE_BLEND_FCFS, lengths, 0,
+                                    &plan));
+    CHECK_OK(raddle_blend_simulate(&store, &trie, &cost, &limits, &plan, lengths, &result, NULL));
+    CHECK(result.steps > 1000 && result.preemptions > 0);
+    raddle_blend_plan_fini(&plan);
+    raddle_blend_trie_fini(&trie);
+    raddle_blend_store_fini(&store);
+}
+
 int main(void) {
     random_state = 21;
     test_forecast();
+    test_guesses_that_grow();
     test_random_workloads();
     test_order_decides_what_is_shared();
     test_pacing_hides_reads_behind_computing();
