@@ -73,6 +73,9 @@ void raddle_blend_trie_fini(raddle_blend_trie *trie);
  * shares most), and with any other. */
 int32_t raddle_blend_trie_shared_before(const raddle_blend_trie *trie, int32_t k);
 int32_t raddle_blend_trie_shared(const raddle_blend_trie *trie, int32_t k);
+/* Blocks that two requests of the tree's order share, earlier < later. */
+int32_t raddle_blend_trie_shared_between(const raddle_blend_trie *trie, int32_t earlier,
+                                         int32_t later);
 
 /* ------------------------------------------------------------------ the pool of K and V */
 

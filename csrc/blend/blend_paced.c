@@ -115,14 +115,6 @@ static void deal(dealing *d, int32_t num_strata) {
     d->num_strata = num_strata;
 }
 
-/* Blocks that two requests of the tree's order share, the later one's node given. */
-static int32_t shared_with(const raddle_blend_trie *trie, int32_t node, int32_t earlier) {
-    while (trie->nodes[node].request_begin > earlier) {
-        node = trie->nodes[node].parent;
-    }
-    return trie->nodes[node].depth;
-}
-
 /* Tokens that the strata compute and one walk through the tree would not. */
 static double lost_tokens(const dealing *d) {
     int32_t last[RADDLE_BLEND_MAX_STREAMS]; /* request before, of each stratum */
@@ -134,7 +126,7 @@ static double lost_tokens(const dealing *d) {
         const unit *u = &d->units[i];
         const int32_t before = last[u->stratum];
         const int32_t shared =
-            before < 0 ? 0 : shared_with(d->trie, d->trie->node_of[u->begin], before);
+            before < 0 ? 0 : raddle_blend_trie_shared_between(d->trie, before, u->begin);
         blocks += raddle_blend_trie_shared_before(d->trie, u->begin) - shared;
         last[u->stratum] = u->end - 1;
     }

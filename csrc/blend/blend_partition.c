@@ -40,15 +40,6 @@ typedef struct packing {
     double *compute, *read; /* [num_replicas] shares so far */
 } packing;
 
-/* Blocks that two requests of the tree's order share, the earlier one first. */
-static int32_t shared_by(const raddle_blend_trie *trie, int32_t earlier, int32_t later) {
-    int32_t node = trie->node_of[later];
-    while (trie->nodes[node].request_begin > earlier) {
-        node = trie->nodes[node].parent;
-    }
-    return trie->nodes[node].depth;
-}
-
 /* ------------------------------------------------------------------ runs */
 
 static double share_between(const packing *p, int32_t begin, int32_t end) {
@@ -121,11 +112,12 @@ static double tokens_again(const packing *p, int32_t replica, int32_t index) {
     int32_t found = 0;
     if (place > 0) {
         const run *before = &p->runs[p->placed[replica][place - 1]];
-        found = shared_by(p->trie, before->end - 1, own->begin);
+        found = raddle_blend_trie_shared_between(p->trie, before->end - 1, own->begin);
     }
     if (place < p->num_placed[replica]) {
         const run *behind = &p->runs[p->placed[replica][place]];
-        const int32_t shared = shared_by(p->trie, own->end - 1, behind->begin);
+        const int32_t shared =
+            raddle_blend_trie_shared_between(p->trie, own->end - 1, behind->begin);
         found = shared > found ? shared : found;
     }
     const int32_t wanted = raddle_blend_trie_shared_before(p->trie, own->begin);
@@ -212,8 +204,10 @@ static void report(const packing *p, raddle_blend_shares *out) {
         for (int32_t i = 0; i < p->num_runs; i++) {
             const run *own = &p->runs[i];
             if (own->replica == r) {
-                blocks += raddle_blend_trie_shared_before(p->trie, own->begin) -
-                          (last == NONE ? 0 : shared_by(p->trie, last, own->begin));
+                blocks +=
+                    raddle_blend_trie_shared_before(p->trie, own->begin) -
+                    (last == NONE ? 0
+                                  : raddle_blend_trie_shared_between(p->trie, last, own->begin));
                 last = own->end - 1;
             }
         }

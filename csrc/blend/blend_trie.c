@@ -236,16 +236,17 @@ static raddle_status open_trie(const builder *b, raddle_blend_trie *trie) {
     return take((void **)&trie->node_of, requests, sizeof(int32_t));
 }
 
+int32_t raddle_blend_trie_shared_between(const raddle_blend_trie *trie, int32_t earlier,
+                                         int32_t later) {
+    int32_t node = trie->node_of[later];
+    while (trie->nodes[node].request_begin > earlier) {
+        node = trie->nodes[node].parent;
+    }
+    return trie->nodes[node].depth;
+}
+
 int32_t raddle_blend_trie_shared_before(const raddle_blend_trie *trie, int32_t k) {
-    if (k == 0) {
-        return 0;
-    }
-    const int32_t node = trie->node_of[k];
-    int32_t common = trie->node_of[k - 1];
-    while (!(common <= node && node < trie->nodes[common].end)) {
-        common = trie->nodes[common].parent;
-    }
-    return trie->nodes[common].depth;
+    return k == 0 ? 0 : raddle_blend_trie_shared_between(trie, k - 1, k);
 }
 
 int32_t raddle_blend_trie_shared(const raddle_blend_trie *trie, int32_t k) {
