@@ -167,9 +167,9 @@ static bool shape_decode(const raddle_attention_config *config, int32_t rows, de
         return true;
     }
     shape->stages = 1;
-    const bool v_late = has_pairs(config) || each_logit(config); /* as in the kernel */
-    const int32_t held = v_late ? 8 * k_chunks : tile;
-    shape->q_in_shared = v_late || held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
+    const bool k_late = has_pairs(config) || each_logit(config); /* as NEXT_K in the kernel */
+    const int32_t held = k_late ? 8 * k_chunks : tile;
+    shape->q_in_shared = k_late || held + out + q + work > DECODE_REGISTERS_ONE_STAGE;
     return held + out + work <= DECODE_REGISTERS_ONE_STAGE;
 }
 

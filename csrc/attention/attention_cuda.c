@@ -205,6 +205,10 @@ static const common_plan common_plans[] = {
     {RADDLE_BF16, 256, 256, 4, 512, 0, CAP},
     {RADDLE_BF16, 64, 64, 8, 512, 0, SINK},
     {RADDLE_BF16, 128, 128, 4, 512, 0, BIAS | CAP},
+    /* Decode: 24 and 32 rows in one tile. */
+    {RADDLE_BF16, 128, 128, 24, 1, 0, 0},
+    {RADDLE_BF16, 128, 128, 32, 1, 0, 0},
+    {RADDLE_F16, 64, 64, 32, 1, 0, 0},
     /* Prefill: 128 rows, then 64 with two stages and with one. */
     {RADDLE_BF16, 128, 128, 4, 512, 0, 0},
     {RADDLE_BF16, 64, 64, 4, 512, 0, 0},
@@ -243,6 +247,8 @@ static const plain_config plain_configs[] = {
 enum {
     NUM_COMMON = sizeof(common_plans) / sizeof(common_plans[0]),
     NUM_PLAIN = sizeof(plain_configs) / sizeof(plain_configs[0]),
+    COMMON_BATCH = 64,                /* enough that 32 rows of a head are one tile */
+    AMPERE_SHARED_BYTES = 163 * 1024, /* that one CTA may have on sm_80 */
 };
 
 int raddle_attention_num_kernel_configs(void) {
@@ -251,8 +257,8 @@ int raddle_attention_num_kernel_configs(void) {
 
 static raddle_status choose_common(const common_plan *common, raddle_attention_choice *choice) {
     const raddle_attention_spec spec = {
-        .max_batch = 1,
-        .max_qo_tokens = common->qo_len,
+        .max_batch = COMMON_BATCH,
+        .max_qo_tokens = (int64_t)COMMON_BATCH * common->qo_len,
         .max_qo_len = common->qo_len,
     };
     const raddle_attention_config config = {
@@ -295,6 +301,6 @@ raddle_status raddle_attention_kernel_config(int index, const char **out_name, c
                    "config_bytes: expected more than %zu, got %zu", strlen(config), config_bytes);
     strcpy(out_config, config);
     *out_name = name;
-    *out_hopper_only = false;
+    *out_hopper_only = index < NUM_COMMON && choice.shared_bytes > AMPERE_SHARED_BYTES;
     return RADDLE_OK;
 }

@@ -3,7 +3,7 @@
 import dataclasses
 
 from .. import _core
-from .run import _seen
+from .run import _seen, order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,7 @@ def partition(
     seen = _seen(requests, lengths, sample_rate, seed)
     found, shares = _core.blend_partition(requests._core, cost.to_dict(), replicas, tail, seen)
     owners = found.numpy()
-    options = {"pool_tokens": 1 << 40, "step_tokens": 1, "seed": 0, "seen": None, "merged": False}
-    walk = requests._core.order("dfs", cost.to_dict(), *options.values()).numpy()
+    walk = order(requests, cost, "dfs", pool_tokens=1 << 40)  # which is the same for any pool
     of_walk = owners[walk]
     lists = [numpy.ascontiguousarray(walk[of_walk == i]) for i in range(replicas + 1)]
     return Partition(
