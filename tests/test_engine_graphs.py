@@ -12,6 +12,7 @@ from tests.stub_driver import ROOT, build_stubs, check_script
 
 SCRIPT = """
 import numpy as np
+from raddle import tensor
 from raddle.engine import Engine, SamplingParams
 from tests.reference import llama
 
@@ -19,8 +20,13 @@ kind, options = {kind!r}, {options!r}
 config = llama.config_of(kind, torch_dtype="bfloat16")
 engine = Engine.with_dummy_weights(config, device="cuda", kv_memory_bytes=1 << 20, **options)
 assert engine.device == "cuda:0"
-engine._sampling._sample = lambda logits, settings, offsets: np.full(len(offsets), 7, np.int32)
-runner, cache, launches, captures = engine._runner, engine.cache, [], []
+runner, cache, launches, captures, ahead = engine._runner, engine.cache, [], [], []
+
+def sample(logits, settings, offsets, out):
+    ids = np.full(len(offsets), 7, np.int32)
+    return tensor(ids, device="cuda") if out is None else out.copy_(ids)
+
+engine._sampling._sample = sample
 
 def look(size):
     is_new = size not in runner._graphs
@@ -28,7 +34,11 @@ def look(size):
     n, slots = len(decodes), engine._scheduler._get_decodes()[1]
     assert runner.num_tokens == runner.num_rows == size >= n
     ids = runner.ids.to("cpu").numpy()
-    assert ids.tolist() == [s.tokens[-1] for s in decodes] + [0] * (size - n)
+    known = [len(s.tokens) > cache.lengths[s.slot] for s in decodes]
+    assert all(known) or not any(known)
+    ahead.append(not all(known))
+    tokens = [s.tokens[-1] if is_known else 7 for s, is_known in zip(decodes, known)]
+    assert ids.tolist() == tokens + [0] * (size - n)
     positions = runner.positions.to("cpu").numpy()
     assert positions.tolist() == cache.lengths[slots].tolist() + [0] * (size - n)
     for plans in runner.plans:
@@ -56,6 +66,7 @@ for group, one in zip(answers, params):
 assert len(captures) == len(set(captures)) and set(launches) <= set(captures), captures
 assert set(captures) == {sizes!r}, captures
 assert sum(launches) > 3 * sum(captures)
+assert sum(ahead) > len(ahead) / 2
 assert all(group.pool.num_used == 0 for group in cache.groups)
 engine.logits(prompts[5])
 """

@@ -13,11 +13,12 @@ computes again what it needs from the tokens that are known.
 import itertools
 import random
 
-from .. import empty
+from .. import _core, empty
 from ..errors import ArgumentError, CapacityError, StateError, UnsupportedError
 from .config import DTYPES, ModelConfig
 from .memory import build_cache
 from .model import Model
+from .prompt import check_ids, tokenize
 from .reply import Reply
 from .runner import Runner, graph_size
 from .sampling import SamplingParams, SamplingTable, draw_logprobs, to_host
@@ -100,6 +101,8 @@ class Engine:
         )
         self.max_model_len = min(context, self.cache.max_length)
         self._runner = Runner(self._model, self.cache, max_batch, max_rows_of_step)
+        self._drawn = _core.Readback(max_batch, device)
+        self._ahead = None  # (step, logits) of a step that was launched before its turn
         self._sampling = SamplingTable(max_batch)
         self._scheduler = Scheduler(self.cache, max_tokens, self._admitted)
         self._requests = {}  # id -> its unfinished sequences
@@ -173,16 +176,7 @@ class Engine:
 
     def tokenize(self, prompt):
         """The token ids of a prompt, checked."""
-        if isinstance(prompt, str):
-            tokens = self._need_tokenizer().encode(prompt)
-        elif isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
-            text = self._need_tokenizer().chat_template.render(list(prompt))
-            tokens = self.tokenizer.encode(text, add_special_tokens=False)
-        else:
-            tokens = self._check_ids(prompt)
-        if not tokens:
-            raise ArgumentError("prompt: is empty; expected at least one token")
-        return tokens
+        return tokenize(prompt, self.tokenizer, self.config.vocab_size)
 
     def abort(self, request_id):
         """Drop a request and free what it holds; False when it is not, or no longer, known."""
@@ -222,16 +216,15 @@ class Engine:
         """One forward pass; returns the Outputs of the answers that have news."""
         if self._is_interrupted:
             self._restart()
-        step = self._scheduler.schedule()
-        if step is None:
-            if self._requests:
-                raise StateError("the scheduler has requests but nothing to do")
-            return self._take_outputs()
         self._is_interrupted = True
-        logits = self._runner.run(step)
-        self._finish_step(step, logits)
+        launched = self._take_ahead() or self._launch(self._scheduler.schedule())
+        if launched is not None:
+            self._ahead = self._launch(self._follow(*launched), follows=True)
+            self._finish_step(*launched)
+            self.num_steps += 1
+        elif self._requests:
+            raise StateError("the scheduler has requests but nothing to do")
         self._is_interrupted = False
-        self.num_steps += 1
         return self._take_outputs()
 
     def generate(self, prompts, params=None, progress=None):
@@ -277,7 +270,7 @@ class Engine:
         """
         import numpy as np
 
-        tokens = self._check_ids(token_ids)
+        tokens = check_ids(token_ids, self.config.vocab_size)
         if len(tokens) > self.max_model_len:
             raise CapacityError(
                 f"token_ids: {len(tokens)} tokens, the context has {self.max_model_len}"
@@ -306,26 +299,53 @@ class Engine:
         num_drawn = len(sequence.tokens) - sequence.num_prompt
         self._sampling.set(sequence.slot, sequence.params, sequence.seed, num_drawn)
 
-    def _finish_step(self, step, logits):
+    def _launch(self, step, follows=False):
+        """Queue a step and the drawing of its tokens; (step, logits), or None for None."""
+        if step is None:
+            return None
+        logits = self._runner.run(step, follows=follows)
         self._scheduler.commit(step)
+        if step.samples:
+            out = None if step.chunks else self._runner.next_ids(step)
+            self._drawn.start(self._sampling.draw(logits, step.sample_slots(), out))
+        return step, logits
+
+    def _follow(self, step, logits):
+        """The step that can be launched before the tokens of this one are known, or None."""
+        if not self._runner.runs_ahead or self._num_with_logprobs:  # logprobs are read from logits
+            return None
+        return self._scheduler.follow(step)
+
+    def _take_ahead(self):
+        """What was launched before its turn, unless all of its sequences have ended since."""
+        launched, self._ahead = self._ahead, None
+        if launched and all(sequence.slot is None for sequence in launched[0].samples):
+            self._drawn.wait()
+            return None
+        return launched
+
+    def _finish_step(self, step, logits):
+        """Read a step's tokens, and tell those who have news."""
         if not step.samples:
             return
-        ids = self._sampling.draw(logits, step.sample_slots())
+        ids = self._drawn.wait().numpy().tolist()
         logprobs = {}
         if self._num_with_logprobs:
             logprobs = draw_logprobs(logits, ids, [s.params.logprobs for s in step.samples])
         told = []
         for i, (sequence, token) in enumerate(zip(step.samples, ids)):
+            if sequence.slot is None:  # it ended while the step was under way
+                continue
             reply = sequence.reply
             if token < 0:
                 sequence.finish_reason = "error"
             else:
                 sequence.tokens.append(token)
+                self.num_output_tokens += 1
                 if reply.is_quiet and not reply.ends_with(token, sequence):
                     continue  # nothing to tell: the common case, and there are many
                 reply.advance(sequence, logprobs.get(i))
             told.append(sequence)
-        self.num_output_tokens += len(ids) - ids.count(-1)
         for sequence in told:
             output = sequence.reply.output(sequence)
             if output is not None:
@@ -344,6 +364,7 @@ class Engine:
     def _restart(self):
         """After a step that was broken off: retire what is done, compute the rest again."""
         self._scheduler.restart([])
+        self._ahead, self._drawn = None, _core.Readback(self.max_batch, self.device)
         for sequences in list(self._requests.values()):
             for sequence in list(sequences):
                 sequence.slot, sequence.pending = None, []
@@ -360,25 +381,6 @@ class Engine:
     def _take_outputs(self):
         outputs, self._outputs = self._outputs, []
         return outputs
-
-    def _need_tokenizer(self):
-        if self.tokenizer is None:
-            raise UnsupportedError("prompt: an engine without tokenizer takes token ids only")
-        return self.tokenizer
-
-    def _check_ids(self, ids):
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        if not isinstance(ids, (list, tuple)):
-            raise ArgumentError(
-                f"prompt: expected a text, token ids or chat messages, got {type(ids).__name__}"
-            )
-        limit = self.config.vocab_size
-        for i, token in enumerate(ids):
-            if type(token) is not int or not 0 <= token < limit:
-                raise ArgumentError(
-                    f"prompt: {token!r} at position {i} is no token id from 0 to {limit - 1}"
-                )
-        return list(ids)
 
 
 def _check_size(name, value):

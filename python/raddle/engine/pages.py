@@ -229,8 +229,9 @@ class KVCache:
 
         Returns the positions in slots of those that grow() must see to, one after the other.
         """
-        at_edge = self.lengths[slots] % self.page_size == 0
-        needing = (at_edge | self._tail_shared[slots]).nonzero()[0]
+        first = self.groups[0]  # all groups have pages for the same tokens
+        is_full = (first.held + first.dropped)[slots] * self.page_size <= self.lengths[slots]
+        needing = (is_full | self._tail_shared[slots]).nonzero()[0]
         if not len(needing):
             return ()
         chosen = slots[needing]
@@ -241,7 +242,6 @@ class KVCache:
             return needing.tolist()
         for group in self.groups:
             held = group.held[chosen]
-            assert (held * self.page_size == self.lengths[chosen]).all()
             group.table[chosen, held] = group.pool.allocate(len(chosen))
             group.held[chosen] = held + 1
         return ()

@@ -6,9 +6,12 @@ plan each per KV group, made once per step and used by every layer of the group.
 On a GPU the index arrays travel in one copy, and a step of decodes alone is a CUDA graph: captured
 once per batch size (1, 2, 4, multiples of 8), launched with the batch padded to that size. A padded
 row is a request without pages; its K and V go nowhere and its logits are dropped.
+
+A step of decodes may be launched before the tokens of the one ahead of it are known: whoever draws
+them writes them to `next_ids`, where the step that follows reads them.
 """
 
-from .. import empty, tensor
+from .. import _core, tensor
 from ..attention import BatchDecode, BatchPrefill, append_slots
 from ..graph import Graph
 
@@ -27,19 +30,25 @@ class Runner:
             for layer, kv in zip(plans.group.layers, plans.group.caches):
                 self._place[layer] = (plans, kv)
         self._is_cuda = model.device != "cpu"
-        self._index = np.zeros((2 + len(self.plans)) * max_tokens, np.int32)
+        self.runs_ahead = self._is_cuda  # a CPU has nothing to do meanwhile
+        self._index = _core.Upload((2 + len(self.plans)) * max_tokens, model.device)
         self._slots = np.zeros(max_tokens, np.int64)
-        self._device_index = None
-        if self._is_cuda:
-            self._device_index = empty(self._index.size, dtype="int32", device=model.device)
         self._graphs = {}  # rows -> Graph
 
-    def run(self, step, all_rows=False):
+    def next_ids(self, step):
+        """Where the tokens that a step of decodes draws go, int32 [n], for one that follows it."""
+        return self._index.tensor[: step.num_tokens]
+
+    def run(self, step, *, follows=False, all_rows=False):
         """Float32 logits, valid until the next call: a row per sample of the step, or with all_rows
-        one per token."""
+        one per token.
+
+        follows: the step's decodes are those of the last one, in its order, and their tokens are in
+        next_ids, or will be when the device gets there.
+        """
         n = step.num_tokens
         size = graph_size(n) if self._is_cuda and not step.chunks else n
-        self._set_index(step, size)
+        self._set_index(step, size, follows)
         for plans in self.plans:
             plans.plan(step, size - n, self.cache.lengths)
         self.num_tokens = self.num_rows = size
@@ -74,24 +83,22 @@ class Runner:
         self._graphs[size] = graph
         return logits
 
-    def _set_index(self, step, size):
+    def _set_index(self, step, size, follows):
         """Token ids, positions and cache rows, each `size` numbers: ids, positions, rows per group
         one behind the other."""
         used = (2 + len(self.plans)) * size
-        index = self._index[:used].reshape(-1, size)
+        index = self._index.slot().numpy()[:used].reshape(-1, size)
         n = self._fill(step, index[0], index[1])
         index[:2, n:] = 0
         slots, positions = self._slots[:n], index[1, :n]
         for plans, rows in zip(self.plans, index[2:]):
             rows[:n] = plans.group.rows(slots, positions)
             rows[n:] = -1
-        if self._is_cuda:
-            device = self._device_index[:used]
-            device.copy_(self._index[:used])
-            index = [device[i * size : (i + 1) * size] for i in range(len(index))]
-        self.ids, self.positions = index[0], index[1]
-        for plans, rows in zip(self.plans, index[2:]):
-            plans.rows = rows
+        self._index.send(size if follows else 0, used)
+        sent = self._index.tensor
+        self.ids, self.positions = sent[:size], sent[size : 2 * size]
+        for i, plans in enumerate(self.plans, 2):
+            plans.rows = sent[i * size : (i + 1) * size]
 
     def _fill(self, step, ids, positions):
         """Returns the number of rows; also sets the slot of each."""

@@ -137,8 +137,9 @@ class SamplingTable:
         self.top_k[slot] = params.top_k
         self.seed[slot] = seed
 
-    def draw(self, logits, slots):
-        """A list of a token for each row of logits, row i being that of slots[i].
+    def draw(self, logits, slots, out=None):
+        """A token for each row of logits, row i being that of slots[i]: int32 [n] where logits are,
+        in out if given; on a GPU once it gets there.
 
         -1 for a row that is no distribution, which a model makes that overflows.
         """
@@ -147,18 +148,19 @@ class SamplingTable:
         offsets = self.num_drawn[slots]
         self.num_drawn[slots] = offsets + 1
         try:
-            return to_host(self._sample(logits, self._settings(slots), offsets)).tolist()
+            return self._sample(logits, self._settings(slots), offsets, out)
         except ArgumentError:  # the CPU refuses all rows for one; a GPU says -1
             host = to_host(logits)
             good = (host.max(axis=1) > -np.inf).nonzero()[0]  # false for NaN too
             if len(good) == len(slots):
                 raise
-        ids = np.full(len(slots), -1, np.int32)
+        ids = np.empty(len(slots), np.int32) if out is None else out.numpy()
+        ids[:] = -1
         if len(good):
             ids[good] = to_host(
-                self._sample(host[good], self._settings(slots[good]), offsets[good])
+                self._sample(host[good], self._settings(slots[good]), offsets[good], None)
             )
-        return ids.tolist()
+        return ids
 
     def _settings(self, slots):
         """The settings of slots, gathered again only when it is another array, or one changed."""
@@ -168,10 +170,10 @@ class SamplingTable:
         return self._gathered[1]
 
     @staticmethod
-    def _sample(logits, settings, offsets):
+    def _sample(logits, settings, offsets, out):
         from .. import ops
 
-        return ops.sample(logits, offset=offsets, **settings)
+        return ops.sample(logits, offset=offsets, out=out, **settings)
 
 
 @dataclass(slots=True)

@@ -105,8 +105,25 @@ class Scheduler:
             self._choose_samples(step)
         return step
 
+    def follow(self, step):
+        """The Step after one of decodes alone, whose tokens are not known: the same decodes again.
+
+        None when it might be another one: somebody is admitted, or ended, or ends by its length, or
+        finds no page. Who turns out to end by the token that is not known is in it for nothing.
+        """
+        if step.chunks or self.reading or (self.waiting and self._can_admit(self.waiting[0])):
+            return None
+        if any(s.slot is None or len(s.tokens) + 1 >= s.max_length for s in step.decodes):
+            return None
+        slots = step.decode_slots
+        for i in self.cache.grow_by_one(slots):
+            if not self.cache.grow(slots[i], step.decodes[i].computed + 1):
+                return None
+        return Step(step.decodes, slots, samples=step.decodes)
+
     def commit(self, step):
-        """The step has run: count its tokens as written, and start the siblings it brought."""
+        """The step is under way, or has run: count its tokens as written, and start the siblings it
+        brought."""
         for sequence in step.decodes:
             sequence.computed += 1
         self.cache.lengths[step.decode_slots] += 1
@@ -174,9 +191,7 @@ class Scheduler:
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
             num_tokens = len(sequence.tokens)
-            if self.cache.num_free_slots < 1 + len(sequence.pending):
-                return
-            if self.running and not self.cache.has_room(num_tokens + 1):
+            if not self._can_admit(sequence):
                 return
             self.waiting.popleft()
             self.running.append(sequence)
@@ -189,6 +204,12 @@ class Scheduler:
             assert is_grown, "a sequence that runs alone, or has room, must fit"
             step.chunks.append((sequence, count))
             budget -= count
+
+    def _can_admit(self, sequence):
+        """Whether there are slots, and pages; one that would run alone always finds its pages."""
+        return self.cache.num_free_slots > len(sequence.pending) and (
+            not self.running or self.cache.has_room(len(sequence.tokens) + 1)
+        )
 
     @staticmethod
     def _choose_samples(step):
