@@ -2,7 +2,9 @@
 and keeps books of its own: who runs, who holds what, who gave how many tokens."""
 
 import numpy
+import pytest
 from raddle.blend import Scheduler
+from raddle.errors import ArgumentError, StateError
 
 from tests.blend_cases import BLOCK, COST, POOL, make
 
@@ -201,3 +203,73 @@ class Engine:
     def check_generated(self):
         requests = range(len(self.rows))
         assert [self.scheduler.generated(i) for i in requests] == self.given
+
+
+class Foreign(Engine):
+    """An engine of somebody else's: retires in any order and by any kind of sequence, ends requests
+    when it likes, and calls what it must not."""
+
+    def __init__(self, rows, *args, seed=0, truth=None, misuse=True, **options):
+        super().__init__(rows, *args, seed=seed, **options)
+        self.rng = numpy.random.default_rng(seed)
+        self.truth = [row[1] for row in rows] if truth is None else truth
+        self.misuse = misuse
+
+    def is_over(self, request):
+        return self.given[request] == self.truth[request]
+
+    def begin(self):
+        if self.misuse and self.rng.random() < 0.1:
+            self.refuse(StateError, [])
+        step, gave = super().begin()
+        if self.misuse and self.rng.random() < 0.2:
+            with pytest.raises(StateError):
+                self.scheduler.step()
+            some = sorted(gave)
+            for bad in self.bad_names(some):
+                self.refuse(ArgumentError, bad)
+        return step, gave
+
+    def bad_names(self, gave):
+        """Each behind some that might be retired."""
+        others = sorted(set(range(len(self.rows))) - set(gave))
+        bad = [-1, len(self.rows), 2**31 - 1, -(2**31), 2**40]
+        bad += [others[int(self.rng.integers(0, len(others)))]] if others else []
+        head = gave[: int(self.rng.integers(0, len(gave) + 1))]
+        yield from ([*head, name] for name in bad)
+        if gave:
+            yield [*gave, gave[0]][-len(self.rows) :] if len(gave) == 1 else [gave[0], *gave[:-1]]
+
+    def refuse(self, error, ended):
+        before = self.scheduler.counts()
+        with pytest.raises(error):
+            self.scheduler.retire(ended)
+        assert self.scheduler.counts() == before
+
+    def end(self, gave, as_array=False):
+        ended = self.rng.permutation([i for i in gave if self.is_over(i)]).astype(int).tolist()
+        kind = int(self.rng.integers(0, 4))
+        if kind == 0:
+            ended = tuple(ended)
+        elif kind == 1:
+            ended = numpy.array(ended, numpy.int64)[::-1]
+        elif kind == 2:
+            ended = numpy.repeat(numpy.array(ended, numpy.int32), 2)[::2]
+        self.retire(ended)
+
+
+def check_books(engine):
+    """The scheduler counts what the engine does; every token was given, each but once."""
+    counts, rows = engine.scheduler.counts(), engine.rows
+    assert counts["done"] == len(rows) == len(engine.ended) and engine.scheduler.done
+    assert counts["running"] == counts["decoding"] == 0
+    for name, own in (
+        ("steps", len(engine.steps)),
+        ("hit_tokens", engine.hits),
+        ("computed_tokens", engine.tokens),
+        ("recomputed_tokens", engine.again),
+        ("preemptions", engine.preemptions),
+    ):
+        assert counts[name] == own, name
+    needed = sum(row[0] for row in rows) - engine.hits + sum(engine.given) - len(rows)
+    assert engine.tokens == needed + engine.again

@@ -166,6 +166,13 @@ def bound_seconds(cost, work, least_steps):
     return float(seconds.min())
 
 
+def least_seconds(cost, surveyed, preemptions, pool):
+    """That any run takes. One that steps back gives its next token at the end of its prompt, where
+    the cost model has no reading of K and V: so much less may be read."""
+    (tokens, scores, reads), least = surveyed
+    return bound_seconds(cost, (tokens, scores, max(reads - preemptions * pool, 0)), least)
+
+
 # -- output lengths -----------------------------------------------------------------------------
 
 
