@@ -114,6 +114,27 @@ def test_an_output_larger_than_the_pool(policy):
         assert given == engine.given
 
 
+class Careful(Engine):
+    """Knows when each that runs will end, and what all will hold until then."""
+
+    def admit(self, request, begin):
+        super().admit(request, begin)
+        if len(self.computed) == 1:
+            return  # alone it always may
+        own = numpy.array([self.own(i) for i in self.computed])
+        left = numpy.array([self.rows[i][1] - self.given[i] for i in self.computed])
+        steps = numpy.arange(left.max())[:, None]  # as if prompts were computed at once
+        held = ((own + steps) * (steps < left)).sum(axis=1)
+        assert held.max() + self.memory.num_read * self.block <= self.pool
+
+
+def test_who_begins_has_room_to_its_end(policy):
+    """With outputs known, nobody is admitted into a pool that would overflow before the first of
+    them ends, or any other."""
+    for seed in range(2600, 2612):
+        drive(small_case(seed), policy, Careful, seed=seed).run()
+
+
 def test_steps_cost_what_the_model_says():
     for seed in range(2400, 2420):
         own = small_case(seed)
