@@ -67,9 +67,9 @@ def test_tokens_make_the_same_tree():
         rng = numpy.random.default_rng(seed)
         block = int(rng.choice([1, 2, 3, 16]))
         prompts = [rng.integers(0, 2, int(rng.integers(1, 12))).tolist() for _ in range(40)]
-        prompts = [
-            [t for t in p for _ in range(block)][: len(p) * block - 1] or [9] for p in prompts
-        ]
+        at = int(rng.integers(0, block))  # blocks differ in one token, wherever it is
+        prompts = [[t if k == at else 0 for t in p for k in range(block)] for p in prompts]
+        prompts = [p[: max(len(p) - int(rng.integers(0, block)), 1)] for p in prompts]
         indptr = numpy.cumsum([0, *map(len, prompts)])
         tokens = numpy.array([t for p in prompts for t in p], numpy.int32)
         requests = Requests(block_size=block, tokens=tokens, indptr=indptr)
