@@ -135,6 +135,7 @@ BAD_LINES = {
     "max_tokens": (line("x", max_tokens=0), "x", 400, "max_tokens"),
     "max_tokens type": (line("x", max_tokens="5"), "x", 400, "max_tokens: .* '5'"),
     "temperature": (line("x", temperature=-1), "x", 400, "temperature: .* -1"),
+    "temperature, huge": (line("x", temperature=10**400), "x", 400, "temperature: .* 1000"),
     "top_p": (line("x", top_p=2), "x", 400, "top_p"),
     "n": (line("x", n=1.0), "x", 400, "n: expected an integer"),
     "n too many": (line("x", n=9), "x", 400, "n: 9 is more than max_batch"),

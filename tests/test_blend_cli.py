@@ -182,6 +182,17 @@ def test_openai_file(tmp_path, capsys):
     assert sorted(order.read_text().splitlines()) == sorted(ids)
 
 
+def test_names_that_are_no_lines(tmp_path):
+    """They stand in the file of the order as JSON: a line each, and none is taken for another."""
+    need("tokenizers")
+    ids = ["a\nb", "a", "\ud800", '"a"', "\u2028", "\x00", "é", " "]
+    path, order = write_lines(tmp_path / "batch", [line(i) for i in ids]), tmp_path / "order"
+    words = ["--model", str(TINY), "--policies", "fcfs", "--order", str(order)]
+    assert main(["schedule", path, *words]) == 0
+    rows = order.read_bytes().decode().removesuffix("\n").split("\n")
+    assert [json.loads(row) if row[0] == '"' else row for row in rows] == ids
+
+
 def test_plot(tmp_path):
     need("matplotlib")
     trace, path = write_lines(tmp_path / "trace.jsonl", TRACE * 20), tmp_path / "runs.png"

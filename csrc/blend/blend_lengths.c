@@ -252,19 +252,29 @@ double raddle_blend_survey(const raddle_blend_store *store, const raddle_blend_t
                            raddle_blend_work *out_work) {
     raddle_blend_work total = {0};
     double longest = 1, held = 0; /* tokens that no two requests share, times steps */
+    int32_t last_bare = 0;        /* node of the last prompt that is full blocks and no more */
     for (int32_t k = 0; k < trie->num_requests; k++) {
         const int32_t i = trie->order[k];
+        const raddle_blend_request *request = &store->requests[i];
         const raddle_blend_length length = raddle_blend_length_of(store, lengths, i);
-        /* A repeated prompt counts as nothing, though its last token has to be computed. */
         const int64_t cached =
             (int64_t)raddle_blend_trie_shared_before(trie, k) * store->block_size;
-        const raddle_blend_work work = raddle_blend_expected_work(store, lengths, i, cached);
-        const double alone = store->requests[i].prompt_tokens -
-                             (double)raddle_blend_trie_shared(trie, k) * store->block_size;
+        raddle_blend_work work = raddle_blend_expected_work(store, lengths, i, cached);
+        /* A prompt that is found whole has its last token computed again; but the first of its node
+         * that has no more than full blocks might have come before those that do. */
+        if ((int64_t)request->num_blocks * store->block_size == request->prompt_tokens) {
+            if (trie->node_of[k] != last_bare && cached == request->prompt_tokens) {
+                work.tokens -= 1;
+                work.scores = 0;
+            }
+            last_bare = trie->node_of[k];
+        }
+        const double alone =
+            request->prompt_tokens - (double)raddle_blend_trie_shared(trie, k) * store->block_size;
         total.tokens += work.tokens;
         total.scores += work.scores;
         total.reads += work.reads;
-        held += work.reads - (store->requests[i].prompt_tokens - alone) * (length.mean - 1);
+        held += work.reads - (request->prompt_tokens - alone) * (length.mean - 1);
         longest = fmax(longest, length.mean);
     }
     *out_work = total;

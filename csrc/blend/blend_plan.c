@@ -119,7 +119,7 @@ static raddle_status make_order(const raddle_blend_trie *trie, raddle_blend_poli
 /* ------------------------------------------------------------------ the better of two */
 
 /* What a plan is thought to take: outputs are one standard deviation longer and shorter than thought,
- * by turns, which keeps both moments. */
+ * by turns, which keeps both moments; as far as the pool holds them, as the true ones must. */
 static raddle_status simulate_belief(const raddle_blend_store *store, const raddle_blend_trie *trie,
                                      const raddle_blend_cost *cost,
                                      const raddle_blend_limits *limits,
@@ -137,8 +137,9 @@ static raddle_status simulate_belief(const raddle_blend_store *store, const radd
         const double mean = lengths[i].mean;
         const double spread = sqrt(fmax(lengths[i].square - mean * mean, 0));
         const double output = i % 2 == 0 ? mean - spread : mean + spread;
-        believed.requests[i].output_tokens =
-            (int32_t)fmin(fmax(output + 0.5, 1), store->requests[i].max_tokens);
+        const double room = (double)(limits->pool_tokens - store->requests[i].prompt_tokens);
+        const double most = fmin(store->requests[i].max_tokens, room);
+        believed.requests[i].output_tokens = (int32_t)fmax(fmin(output + 0.5, most), 1);
     }
     const raddle_status status =
         raddle_blend_simulate(&believed, trie, cost, limits, plan, NULL, &result, NULL);

@@ -137,19 +137,25 @@ static raddle_status survey(clock *c, int64_t *out_longest) {
     return RADDLE_OK;
 }
 
-static raddle_status open_clock(clock *c) {
+/* The scheduler first: it refuses outputs that the pool has no room for, before a ring is as long. */
+static raddle_status open_clock(clock *c, const raddle_blend_trie *trie,
+                                const raddle_blend_limits *limits, const raddle_blend_plan *plan,
+                                const raddle_blend_length *lengths) {
     int64_t longest = 1;
     const size_t requests = (size_t)c->store->num_requests + 1;
     RADDLE_TRY(survey(c, &longest));
+    RADDLE_TRY(raddle_blend_scheduler_create(c->store, trie, c->cost, limits, plan, lengths,
+                                             &c->scheduler));
     c->ring_size = longest + 1;
-    c->ring = raddle_alloc((size_t)c->ring_size * sizeof(int32_t));
+    const size_t ring_bytes = (size_t)c->ring_size * sizeof(int32_t);
+    c->ring = raddle_alloc(ring_bytes);
     c->end = raddle_alloc(requests * sizeof(int64_t));
     c->next = raddle_alloc(requests * sizeof(int32_t));
     c->ended = raddle_alloc(requests * sizeof(int32_t));
     if (c->ring == NULL || c->end == NULL || c->next == NULL || c->ended == NULL) {
-        return raddle_fail_memory(requests * sizeof(int64_t));
+        return raddle_fail_memory(ring_bytes + requests * sizeof(int64_t));
     }
-    memset(c->ring, 0xff, (size_t)c->ring_size * sizeof(int32_t)); /* NONE */
+    memset(c->ring, 0xff, ring_bytes); /* NONE */
     return RADDLE_OK;
 }
 
@@ -185,11 +191,7 @@ raddle_blend_simulate(const raddle_blend_store *store, const raddle_blend_trie *
     if (out_timeline != NULL) {
         *out_timeline = (raddle_blend_timeline){.steps_each = 1};
     }
-    raddle_status status = open_clock(&c);
-    if (status == RADDLE_OK) {
-        status =
-            raddle_blend_scheduler_create(store, trie, cost, limits, plan, lengths, &c.scheduler);
-    }
+    raddle_status status = open_clock(&c, trie, limits, plan, lengths);
     while (status == RADDLE_OK &&
            raddle_blend_scheduler_counts(c.scheduler)->done < store->num_requests) {
         status = take_step(&c);

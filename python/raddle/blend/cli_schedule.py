@@ -218,7 +218,14 @@ def _order_lines(requests, indices):
     """Indices, or custom_ids: a line with several prompts stands where its first one does."""
     if requests.custom_ids is None:
         return "\n".join(map(str, indices.tolist()))
-    return "\n".join(dict.fromkeys(requests.custom_ids[i] for i in indices.tolist()))
+    return "\n".join(map(_as_line, dict.fromkeys(requests.custom_ids[i] for i in indices.tolist())))
+
+
+def _as_line(custom_id):
+    """As it is; one that is no line of text, or that begins with a quote, as JSON."""
+    is_line = custom_id.splitlines() == [custom_id] and custom_id[0] != '"'
+    is_text = not any("\ud800" <= char <= "\udfff" for char in custom_id)  # halves of pairs
+    return custom_id if is_line and is_text else json.dumps(custom_id)
 
 
 def _write(path, text):
