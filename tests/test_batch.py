@@ -8,8 +8,9 @@ import re
 
 import pytest
 from raddle.engine import SamplingParams
+from raddle.engine.batch import BatchJob
 
-from tests.batch_cases import CHAT, GOOD, answer, line, make_engine, model
+from tests.batch_cases import CHAT, GOOD, answer, line, make_engine, model, write
 from tests.reference import llama
 
 pytest.importorskip("safetensors", reason="needs safetensors: not installed")
@@ -103,6 +104,17 @@ def test_unseeded_lines_are_the_same_in_every_run(model, tmp_path):
         texts.append([row["response"]["body"]["choices"][0]["text"] for row in rows])
     assert texts[0] == texts[1] != texts[2]
     assert len(set(texts[0])) == 6
+
+
+def test_the_summary_counts_what_the_prefix_cache_had(model, tmp_path):
+    head = "once upon a time there was a"  # bytes are tokens: a page of 16 is shared
+    path = write(tmp_path / "in.jsonl", [line(str(i), prompt=f"{head} {i}") for i in range(5)])
+    engine = make_engine(model)
+    job = BatchJob(engine, path, tmp_path / "out.jsonl", ["small"])
+    summary = job.run()
+    job.close()
+    assert summary.hit_tokens == engine.num_hit_tokens == 4 * 16
+    assert summary.hit_ratio == summary.hit_tokens / summary.prompt_tokens
 
 
 # ---- error rows

@@ -35,7 +35,12 @@ class Summary:
     num_resumed: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    hit_tokens: int = 0  # of prompt_tokens, found in the prefix cache
     seconds: float = 0.0
+
+    @property
+    def hit_ratio(self):
+        return self.hit_tokens / max(1, self.prompt_tokens)
 
 
 @dataclass
@@ -89,9 +94,9 @@ class BatchJob:
                     for output in engine.step():
                         self._take(output)
                 self._write()
-                prompt, output = self._counts()
-                self.summary.prompt_tokens = prompt - before[0]
-                self.summary.output_tokens = output - before[1]
+                counts = [now - then for now, then in zip(self._counts(), before)]
+                self.summary.prompt_tokens, self.summary.output_tokens = counts[:2]
+                self.summary.hit_tokens = counts[2]
                 self.summary.seconds = time.monotonic() - begin
                 self._progress(self.summary)
         finally:
@@ -108,7 +113,8 @@ class BatchJob:
         return self._engine.num_waiting >= self._engine.max_batch or len(self._records) >= 256
 
     def _counts(self):
-        return self._engine.num_prompt_tokens, self._engine.num_output_tokens
+        engine = self._engine
+        return engine.num_prompt_tokens, engine.num_output_tokens, engine.num_hit_tokens
 
     def _missing_lines(self):
         """(number, custom_id, line's content or RequestError) of the lines without a result."""

@@ -84,7 +84,8 @@ def _describe(summary, engine, path):
         f"{summary.seconds:.2f} s: {summary.output_tokens / seconds:.0f} output tokens/s, "
         f"{total / seconds:.0f} in all, on {engine.device} in {engine.dtype}\n"
         f"KV cache: at most {peak:.1%} of {engine.cache_bytes >> 20} MiB in use, "
-        f"{engine.num_preemptions} preemptions"
+        f"{engine.num_preemptions} preemptions; prefix cache: {summary.hit_tokens} prompt tokens "
+        f"found, {summary.hit_ratio:.1%}"
     )
 
 

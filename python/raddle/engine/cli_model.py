@@ -22,6 +22,7 @@ def add_model_arguments(parser):
     add("--max-model-len", type=int, help="longest prompt and answer (default: the context)")
     add("--page-size", type=int, default=16, help="tokens of a KV page (default: 16)")
     add("--kv-memory", metavar="SIZE", type=_bytes, help="of the KV cache, such as 512M or 20G")
+    add("--no-prefix-cache", action="store_true", help="compute again what was computed before")
 
 
 def model_folder(args):
@@ -54,6 +55,7 @@ def load_engine(args, folder, seed, progress=None):
         max_model_len=args.max_model_len,
         page_size=args.page_size,
         kv_memory_bytes=args.kv_memory,
+        prefix_cache=not args.no_prefix_cache,
         seed=seed,
         progress=progress,
     )

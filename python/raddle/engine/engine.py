@@ -10,6 +10,7 @@ One thread at a time. A step that is broken off (Ctrl-C, an error) loses nothing
 computes again what it needs from the tokens that are known.
 """
 
+import dataclasses
 import itertools
 import random
 
@@ -37,8 +38,8 @@ class Engine:
     decodes and pieces of prompts together (default 2048). max_model_len: longest prompt and answer
     together (default and most: the model's context). page_size: tokens of a KV page.
     kv_memory_bytes: of the KV cache (default: what max_batch full contexts need, at most a quarter
-    of the machine's memory, or nine tenths of a GPU's free memory). seed: of the requests that
-    bring none (default: a different one each time).
+    of the machine's memory, or nine tenths of a GPU's free memory). prefix_cache: find K and V of
+    tokens that were computed before. seed: of requests without one (default: another each time).
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Engine:
         max_model_len=None,
         page_size=16,
         kv_memory_bytes=None,
+        prefix_cache=True,
         seed=None,
         communicator=None,
         progress=None,
@@ -61,6 +63,8 @@ class Engine:
         dtype = dtype or config.dtype
         if dtype not in DTYPES:
             raise ArgumentError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        if type(prefix_cache) is not bool:
+            raise ArgumentError(f"prefix_cache: expected True or False, got {prefix_cache!r}")
         _check_size("max_batch", max_batch)
         _check_size("page_size", page_size)
         _check_size("max_tokens_per_step", max_tokens_per_step)
@@ -104,7 +108,7 @@ class Engine:
         self._drawn = _core.Readback(max_batch, device)
         self._ahead = None  # (step, logits) of a step that was launched before its turn
         self._sampling = SamplingTable(max_batch)
-        self._scheduler = Scheduler(self.cache, max_tokens, self._admitted)
+        self._scheduler = Scheduler(self.cache, max_tokens, self._admitted, prefix_cache)
         self._requests = {}  # id -> its unfinished sequences
         self._ids = itertools.count()
         self._random = random.Random(seed)
@@ -157,9 +161,7 @@ class Engine:
         request_id = next(self._ids) if request_id is None else request_id
         if request_id in self._requests:
             raise ArgumentError(f"request_id: {request_id!r} is being answered already")
-        length = self.max_model_len
-        if params.max_tokens is not None:
-            length = min(length, len(tokens) + params.max_tokens)
+        length = min(self.max_model_len, len(tokens) + (params.max_tokens or self.max_model_len))
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         sequences = [
             Sequence(request_id, i, params, tokens, _signed(seed + i * _GOLDEN), length)
@@ -180,6 +182,7 @@ class Engine:
 
     def abort(self, request_id):
         """Drop a request and free what it holds; False when it is not, or no longer, known."""
+        self._restart_if_interrupted()
         sequences = self._requests.pop(request_id, None)
         for sequence in sequences or ():
             self._num_with_logprobs -= sequence.params.logprobs is not None
@@ -210,12 +213,16 @@ class Engine:
         """How often a sequence gave its pages back to be read again."""
         return self._scheduler.num_preemptions
 
+    @property
+    def num_hit_tokens(self):
+        """Of num_prompt_tokens, those found in the prefix cache when their request was admitted."""
+        return self._scheduler.prefix.num_hit_tokens
+
     # ---- steps
 
     def step(self):
         """One forward pass; returns the Outputs of the answers that have news."""
-        if self._is_interrupted:
-            self._restart()
+        self._restart_if_interrupted()
         self._is_interrupted = True
         launched = self._take_ahead() or self._launch(self._scheduler.schedule())
         if launched is not None:
@@ -233,8 +240,6 @@ class Engine:
         params: one SamplingParams for all, or one each. progress: called with the number of
         prompts done, after each step.
         """
-        import dataclasses
-
         params = list(params) if isinstance(params, (list, tuple)) else [params] * len(prompts)
         if len(params) != len(prompts):
             raise ArgumentError(f"params: {len(params)} for {len(prompts)} prompts")
@@ -266,7 +271,7 @@ class Engine:
     def logits(self, token_ids):
         """Float32 [len(token_ids), vocab_size]: the model's word on what follows each token.
 
-        Runs at once, beside whatever is being answered, in pages that are free at the moment.
+        Runs at once, beside whatever is being answered, in pages that nobody holds at the moment.
         """
         import numpy as np
 
@@ -275,6 +280,7 @@ class Engine:
             raise CapacityError(
                 f"token_ids: {len(tokens)} tokens, the context has {self.max_model_len}"
             )
+        self._restart_if_interrupted()
         if not self.cache.num_free_slots:
             raise CapacityError("logits: all slots are taken; step until a request is done")
         sequence = Sequence(None, 0, None, tokens, 0, len(tokens))
@@ -361,8 +367,10 @@ class Engine:
         if not left:
             del self._requests[sequence.request]
 
-    def _restart(self):
+    def _restart_if_interrupted(self):
         """After a step that was broken off: retire what is done, compute the rest again."""
+        if not self._is_interrupted:
+            return
         self._scheduler.restart([])
         self._ahead, self._drawn = None, _core.Readback(self.max_batch, self.device)
         for sequences in list(self._requests.values()):

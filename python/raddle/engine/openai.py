@@ -3,6 +3,10 @@
 A field that the engine does not act on is accepted only with the value that asks for nothing, or
 where it is a label that no answer depends on; anything else is an error that names it. Beyond
 OpenAI's own, these fields are known: top_k, min_p, stop_token_ids, ignore_eos, skip_special_tokens.
+
+usage has no prompt_tokens_details.cached_tokens: what a prompt found in the prefix cache depends on
+what ran before it, and the rows of a job that was resumed are those of one that was not. The sum is
+in the job's Summary, and each number in Output.num_cached_tokens.
 """
 
 from dataclasses import dataclass

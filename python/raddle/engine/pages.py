@@ -5,15 +5,26 @@ window form a group with its own pool, because a windowed layer can give back pa
 query sees. Pages are counted references: sequences that share a prompt share its pages, and the
 first one to write into a shared page gets a copy of it (only ever the partly filled last one).
 
+A full page may be published under a digest of its tokens and all before them, which prefix.py
+computes. It then outlives its sequence, until its memory is needed.
+
 Each running sequence has a slot, a row of the arrays here. Arrays are indexed by slot so that a
 step's index arrays come from a few NumPy gathers, whatever the batch.
 """
+
+from bisect import bisect_left
+from collections import OrderedDict
 
 from ..errors import CapacityError
 
 
 class PagePool:
-    """Page ids 0..num_pages-1 with reference counts."""
+    """Page ids 0..num_pages-1. A page is free, held (references are counted), or evictable: it is
+    published and nobody holds it.
+
+    Allocation takes free pages, then evicts: pages that no waiting request reads before the others,
+    and of each kind the one that was released first.
+    """
 
     def __init__(self, num_pages):
         self.num_pages = num_pages
@@ -24,19 +35,36 @@ class PagePool:
         """Every page is free."""
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._refs = [0] * self.num_pages
+        self._digests = [None] * self.num_pages  # of the published pages
+        self._published = {}  # digest -> page
+        self._readers = {}  # digest -> waiting requests that read it, published or not
+        self._unread, self._awaited = OrderedDict(), OrderedDict()  # evictable pages, next first
 
     @property
     def num_free(self):
         return len(self._free)
 
     @property
+    def num_evictable(self):
+        return len(self._unread) + len(self._awaited)
+
+    @property
+    def num_available(self):
+        """Pages that allocate() can give."""
+        return len(self._free) + len(self._unread) + len(self._awaited)
+
+    @property
     def num_used(self):
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_available
 
     def allocate(self, count):
         """`count` page ids with one reference each; CapacityError leaves everything as it was."""
-        if count > len(self._free):
-            raise CapacityError(f"KV cache: {count} pages wanted, {len(self._free)} are free")
+        if count > self.num_available:
+            raise CapacityError(
+                f"KV cache: {count} pages wanted, {self.num_available} are free or evictable"
+            )
+        while len(self._free) < count:
+            self._evict()
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
@@ -45,17 +73,66 @@ class PagePool:
 
     def share(self, pages):
         for page in pages:
+            if self._refs[page] == 0:
+                del self._queue(self._digests[page])[page]
             self._refs[page] += 1
+        self.peak_used = max(self.peak_used, self.num_used)
 
     def release(self, pages):
-        """Drop one reference of each; a page without any is free again."""
+        """Drop one reference of each; a page without any is free again, or evictable."""
         for page in pages:
             self._refs[page] -= 1
             if self._refs[page] == 0:
-                self._free.append(page)
+                digest = self._digests[page]
+                if digest is None:
+                    self._free.append(page)
+                else:
+                    self._queue(digest)[page] = None
 
     def is_shared(self, page):
         return self._refs[page] > 1
+
+    def is_held(self, digest):
+        """Whether a page is published under this digest, and somebody holds it."""
+        page = self._published.get(digest)
+        return page is not None and self._refs[page] > 0
+
+    def find(self, digest):
+        """The page that is published under this digest, or None."""
+        return self._published.get(digest)
+
+    def publish(self, page, digest):
+        """Let a page that is held, and will not change, be found. The digest must be new."""
+        self._published[digest] = page
+        self._digests[page] = digest
+
+    def add_reader(self, digest):
+        """A waiting request reads this block."""
+        self._readers[digest] = self._readers.get(digest, 0) + 1
+        self._requeue(digest)
+
+    def remove_reader(self, digest):
+        self._readers[digest] -= 1
+        if self._readers[digest] == 0:
+            del self._readers[digest]
+            self._requeue(digest)
+
+    def _queue(self, digest):
+        return self._awaited if digest in self._readers else self._unread
+
+    def _requeue(self, digest):
+        """Evictable pages go to the end of the queue that they belong to now."""
+        page = self._published.get(digest)
+        if page is not None and self._refs[page] == 0:
+            self._unread.pop(page, None)
+            self._awaited.pop(page, None)
+            self._queue(digest)[page] = None
+
+    def _evict(self):
+        page, _ = (self._unread or self._awaited).popitem(last=False)
+        del self._published[self._digests[page]]
+        self._digests[page] = None
+        self._free.append(page)
 
 
 class KVGroup:
@@ -94,7 +171,7 @@ class KVGroup:
         return short + (self._shared_tail(slot, length) is not None)
 
     def grow(self, slot, length, new_length):
-        """Make room for tokens length..new_length-1; the pages must be free (pages_short)."""
+        """Make room for tokens length..new_length-1; the pages must be there (pages_short)."""
         tail = self._shared_tail(slot, length)
         if tail is not None:
             self._copy_on_write(slot, tail)
@@ -126,14 +203,64 @@ class KVGroup:
         self.held[child], self.dropped[child] = held, self.dropped[parent]
 
     def release(self, slot):
+        """Drop all that a slot holds, the last page first: it is the one to evict first."""
         pages = self.table[slot, : self.held[slot]].tolist()
         self.held[slot] = self.dropped[slot] = 0
-        self.pool.release(pages)
+        self.pool.release(reversed(pages))
+
+    def count_cached(self, digests, count):
+        """How many of the first `count` blocks a new sequence can begin with: the pages of all of
+        them, or of those in the window of the query that follows, are published."""
+        find = self.pool.find
+        if self.window_left < 0:  # a published block's parent is published too
+            return bisect_left(digests, True, 0, count, key=lambda digest: find(digest) is None)
+        block = count
+        while block > self._first_seen_block(count):
+            block -= 1
+            if find(digests[block]) is None:
+                count = block
+        return count
+
+    def take(self, slot, digests):
+        """Let an empty slot hold the published pages of these blocks that its next query sees."""
+        first = self._first_seen_block(len(digests))
+        pages = [self.pool.find(digest) for digest in digests[first:]]
+        self.pool.share(pages)
+        self.table[slot, : len(pages)] = pages
+        self.held[slot], self.dropped[slot] = len(pages), first
+
+    def publish(self, slot, block, digest):
+        """Publish a slot's page, or take the page of that digest in its place."""
+        column = block - int(self.dropped[slot])
+        if column < 0:  # out of the window, and gone
+            return
+        page, published = int(self.table[slot, column]), self.pool.find(digest)
+        if published is None:
+            self.pool.publish(page, digest)
+        elif published != page:
+            self.pool.share([published])
+            self.table[slot, column] = published
+            self.pool.release([page])
+
+    def has_room(self, num_tokens, digests):
+        """Whether a new sequence of so many tokens that begins with these published blocks would
+        find its pages, those of the window where there is one."""
+        num_pages = min(-(-num_tokens // self.page_size), self.max_blocks)
+        if self.window_left < 0:  # who holds a block holds those before it
+            is_held = self.pool.is_held
+            num_pages -= bisect_left(digests, True, key=lambda digest: not is_held(digest))
+        return num_pages <= self.pool.num_available
 
     def rows(self, slots, positions):
         """Where tokens live: page * page_size + offset, int32, for a slot and position each."""
         pages = self.table[slots, positions // self.page_size - self.dropped[slots]]
         return pages * self.page_size + positions % self.page_size
+
+    def _first_seen_block(self, num_blocks):
+        """Of the query that comes after so many blocks."""
+        if self.window_left < 0:
+            return 0
+        return max(0, num_blocks * self.page_size - self.window_left) // self.page_size
 
     def _shared_tail(self, slot, length):
         """The table column of the page that the next token goes to, if others hold it too."""
@@ -201,12 +328,9 @@ class KVCache:
         self._tail_shared[slot] = False
         self._free_slots.append(slot)
 
-    def has_room(self, num_tokens):
-        """Whether a new sequence of so many tokens would find its pages free."""
-        return all(
-            min(-(-num_tokens // self.page_size), group.max_blocks) <= group.pool.num_free
-            for group in self.groups
-        )
+    def has_room(self, num_tokens, digests=()):
+        """Whether a new sequence of so many tokens, beginning with these published blocks, fits."""
+        return all(group.has_room(num_tokens, digests) for group in self.groups)
 
     def grow(self, slot, new_length):
         """Make room for a slot's tokens up to new_length; False, and no change, when there is none.
@@ -217,7 +341,7 @@ class KVCache:
         for group in self.groups:
             group.drop_unseen(slot, length)
         for group in self.groups:
-            if group.pages_short(slot, length, new_length) > group.pool.num_free:
+            if group.pages_short(slot, length, new_length) > group.pool.num_available:
                 return False
         for group in self.groups:
             group.grow(slot, length, new_length)
@@ -236,7 +360,8 @@ class KVCache:
             return ()
         chosen = slots[needing]
         is_simple = not self._tail_shared[chosen].any() and all(
-            group.window_left < 0 and group.pool.num_free >= len(chosen) for group in self.groups
+            group.window_left < 0 and group.pool.num_available >= len(chosen)
+            for group in self.groups
         )
         if not is_simple:
             return needing.tolist()

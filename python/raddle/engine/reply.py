@@ -22,6 +22,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: object = None
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
 
 
 class Reply:
@@ -99,6 +100,7 @@ class Reply:
             sequence.finish_reason,
             self._stop_reason,
             sequence.num_prompt,
+            sequence.num_cached_tokens,
         )
         self._pieces, self._logprobs = [], []
         return output

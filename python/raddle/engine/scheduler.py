@@ -3,8 +3,10 @@
 Every running sequence has tokens (prompt and output) and a count of those whose K and V are in the
 cache. One missing token is a decode, more are a prompt still to be read, in chunks. A step takes
 all decodes first, then chunks, then admits waiting sequences in their order, until the step's token
-budget, the slots or the pages are used up. When a sequence needs a page and none is free, the
-sequence admitted last gives all its pages back and waits to be read again from its tokens.
+budget, the slots or the pages are used up. A sequence that is admitted begins with what the prefix
+cache has of it, pages that others fill in the same step included: a shared prefix is computed once.
+When a sequence needs a page and there is none, the sequence admitted last gives all its pages back
+and waits to be read again from its tokens.
 
 Nothing here touches a tensor. A sequence can always begin again from its tokens alone: that is what
 preemption does to one, and `restart` to all after a step that was broken off (Ctrl-C).
@@ -13,6 +15,8 @@ preemption does to one, and `restart` to all after a step that was broken off (C
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
+
+from .prefix import PrefixCache
 
 
 class Sequence:
@@ -31,6 +35,9 @@ class Sequence:
         "max_length",
         "reply",
         "finish_reason",
+        "digests",
+        "num_published",
+        "num_cached_tokens",
     )
 
     def __init__(self, request, index, params, tokens, seed, max_length):
@@ -46,6 +53,9 @@ class Sequence:
         self.pending = []  # siblings that begin when this one's prompt is read
         self.reply = None  # what the engine keeps of its text
         self.finish_reason = None
+        self.digests = []  # of its blocks, as far as anybody asked (see prefix.py)
+        self.num_published = 0  # leading blocks whose pages are published
+        self.num_cached_tokens = None  # that were there when it was first admitted
 
 
 @dataclass
@@ -78,8 +88,9 @@ class Step:
 class Scheduler:
     """Continuous batching over the slots and pages of a KVCache."""
 
-    def __init__(self, cache, max_tokens_per_step, on_admit=None):
+    def __init__(self, cache, max_tokens_per_step, on_admit=None, prefix_cache=False):
         self.cache = cache
+        self.prefix = PrefixCache(cache, prefix_cache)
         self.max_tokens_per_step = max_tokens_per_step
         self.waiting = deque()
         self.running = []  # in the order of admission
@@ -91,6 +102,7 @@ class Scheduler:
     def add(self, sequence):
         """Queue a sequence; its pending siblings come with it."""
         self.waiting.append(sequence)
+        self.prefix.add_reader(sequence)
 
     def schedule(self):
         """The next Step, or None when there is nothing to do."""
@@ -111,7 +123,9 @@ class Scheduler:
         None when it might be another one: somebody is admitted, or ended, or ends by its length, or
         finds no page. Who turns out to end by the token that is not known is in it for nothing.
         """
-        if step.chunks or self.reading or (self.waiting and self._can_admit(self.waiting[0])):
+        if step.chunks or self.reading:
+            return None
+        if self.waiting and self._find_room(self.waiting[0]) is not None:
             return None
         if any(s.slot is None or len(s.tokens) + 1 >= s.max_length for s in step.decodes):
             return None
@@ -130,6 +144,7 @@ class Scheduler:
         for sequence, count in step.chunks:
             sequence.computed += count
             self.cache.lengths[sequence.slot] = sequence.computed
+            self.prefix.publish(sequence, sequence.computed)
             if sequence.computed == len(sequence.tokens):
                 self.reading.remove(sequence)
                 self._decodes = None
@@ -141,14 +156,17 @@ class Scheduler:
             self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self.prefix.remove_reader(sequence)
 
     def restart(self, sequences):
         """Begin again from these sequences' tokens, whatever an interrupted step left behind."""
         self.cache.clear()
         self.running, self.reading, self._decodes = [], [], None
-        self.waiting = deque(sequences)
+        self.waiting = deque()
         for sequence in sequences:
             sequence.slot, sequence.computed, sequence.pending = None, 0, []
+            sequence.digests, sequence.num_published = [], 0
+            self.add(sequence)
 
     def _take_decodes(self):
         decodes, slots = self._get_decodes()
@@ -183,7 +201,7 @@ class Scheduler:
                     # It waits with what it holds: others get on, and will free pages for it.
                     return 0
                 self._preempt(youngest)
-            step.chunks.append((sequence, count))
+            self._add_chunk(step, sequence, count)
             budget -= count
         return budget
 
@@ -191,7 +209,8 @@ class Scheduler:
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
             num_tokens = len(sequence.tokens)
-            if not self._can_admit(sequence):
+            cached = self._find_room(sequence)
+            if cached is None:
                 return
             self.waiting.popleft()
             self.running.append(sequence)
@@ -199,17 +218,26 @@ class Scheduler:
             for member in (sequence, *sequence.pending):
                 member.slot = self.cache.take_slot()
                 self._on_admit(member)
-            count = min(num_tokens, budget)
-            is_grown = self.cache.grow(sequence.slot, count)
+            self.prefix.take(sequence, cached)
+            self.prefix.remove_reader(sequence)
+            count = min(num_tokens - sequence.computed, budget)
+            is_grown = self.cache.grow(sequence.slot, sequence.computed + count)
             assert is_grown, "a sequence that runs alone, or has room, must fit"
-            step.chunks.append((sequence, count))
+            self._add_chunk(step, sequence, count)
             budget -= count
 
-    def _can_admit(self, sequence):
-        """Whether there are slots, and pages; one that would run alone always finds its pages."""
-        return self.cache.num_free_slots > len(sequence.pending) and (
-            not self.running or self.cache.has_room(len(sequence.tokens) + 1)
-        )
+    def _find_room(self, sequence):
+        """What a waiting sequence finds in the prefix cache, or None when it has to go on waiting:
+        for slots, or for pages, which one that would run alone always finds."""
+        if self.cache.num_free_slots < 1 + len(sequence.pending):
+            return None
+        cached = self.prefix.match(sequence)
+        has_room = not self.running or self.cache.has_room(len(sequence.tokens) + 1, cached)
+        return cached if has_room else None
+
+    def _add_chunk(self, step, sequence, count):
+        step.chunks.append((sequence, count))
+        self.prefix.promise(sequence, sequence.computed + count)
 
     @staticmethod
     def _choose_samples(step):
@@ -227,20 +255,24 @@ class Scheduler:
         for sibling in pending:
             self.cache.fork(sequence.slot, sibling.slot)
             sibling.computed = sequence.computed
+            sibling.digests, sibling.num_published = sequence.digests[:], sequence.num_published
             self.running.append(sibling)
 
     def _preempt(self, sequence):
         self._leave(sequence)
         self.waiting.appendleft(sequence)
+        self.prefix.add_reader(sequence)
         self.num_preemptions += 1
 
     def _leave(self, sequence):
         """Out of the running, and slots and pages free, those of pending siblings too."""
         self._decodes = None
+        # What a step that is still under way computed for a token that is not known has no digest.
+        self.prefix.publish(sequence, min(sequence.computed, len(sequence.tokens)))
         for group in (self.running, self.reading):
             if sequence in group:
                 group.remove(sequence)
         for member in (sequence, *sequence.pending):
             self.cache.free_slot(member.slot)
             member.slot = None
-            member.computed = 0
+            member.computed = member.num_published = 0
