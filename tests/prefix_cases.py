@@ -49,6 +49,26 @@ class Watch:
             return result
 
         self.prefix._digests = remember
+        self.admitted = []  # slots that this step may read in what it writes
+        self.take, self.prefix.take = self.prefix.take, self.note_taken
+        self.run, engine._runner.run = engine._runner.run, self.check_step
+
+    def note_taken(self, sequence, digests):
+        self.admitted.append(sequence.slot)
+        self.take(sequence, digests)
+
+    def check_step(self, step, **options):
+        """Nobody holds what another writes, but those that this step admitted."""
+        slots = {s.slot for s in self.engine._scheduler.running} - set(self.admitted)
+        for group in self.engine.cache.groups:
+            held = {slot: set(group.table[slot, : group.held[slot]].tolist()) for slot in slots}
+            for sequence, count in [(s, 1) for s in step.decodes] + step.chunks:
+                positions = np.arange(sequence.computed, sequence.computed + count)
+                pages = group.rows(np.full(count, sequence.slot), positions) // group.page_size
+                others = [held[slot] for slot in slots if slot != sequence.slot]
+                assert not set(pages.tolist()) & set().union(*others)
+        self.admitted.clear()
+        return self.run(step, **options)
 
     def check(self):
         scheduler, cache = self.engine._scheduler, self.engine.cache

@@ -20,6 +20,7 @@ from raddle.errors import ArgumentError
 
 from tests.engine_cases import GREEDY, folders, make_engine, nothing_held, prompts_of, token_ids
 from tests.prefix_cases import Truth, Watch, break_off, rows_of, shared_prompts
+from tests.reference import llama
 
 __all__ = ["folders"]  # a fixture
 KINDS = ["llama", "qwen2", "mistral"]  # no window; a window of 24 on two of three layers; 20 on all
@@ -31,12 +32,16 @@ TINY_LLAMA = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
 
 
 @pytest.mark.parametrize("page_size", [2, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_pool_and_content_at_random(folders, kind, page_size):
-    truth, num_preemptions = Truth(folders(kind)[0], page_size), 0
+@pytest.mark.parametrize("kind", [*KINDS, "windows first"])
+def test_pool_and_content_at_random(folders, tmp_path, kind, page_size):
+    if kind == "windows first":  # of the groups
+        types = ["sliding_attention", "full_attention", "sliding_attention"]
+        llama.write_model(tmp_path, llama.config_of("qwen2", layer_types=types))
+    folder = tmp_path if kind == "windows first" else folders(kind)[0]
+    truth, num_preemptions = Truth(folder, page_size), 0
     for seed in range(6):
         rng = np.random.default_rng([seed, page_size])
-        num_preemptions += at_random(rng, folders(kind)[0], page_size, truth)
+        num_preemptions += at_random(rng, folder, page_size, truth)
     assert num_preemptions > 0 or kind == "mistral"  # whose layers hold a window each, no more
 
 
@@ -241,6 +246,19 @@ def test_pages_that_a_waiting_request_reads_are_evicted_last(folders):
     assert answer.num_cached_tokens == 4  # its last blocks went first
 
 
+def test_shared_pages_take_no_room(folders):
+    """Two of 48 tokens and more do not fit 16 pages of 4, unless they share 40."""
+    for prefix_cache, num_waiting in ((True, 0), (False, 1)):
+        engine = make_engine(folders("llama")[0], page_size=4, max_model_len=64,
+                             kv_memory_bytes=17 * 4 * TOKEN_BYTES,
+                             prefix_cache=prefix_cache)  # fmt: skip
+        (head,) = prompts_of([40])
+        for tail in (5, 6):
+            engine.add_request([*head, *[tail] * 7], dataclasses.replace(GREEDY, max_tokens=3))
+        engine.step()
+        assert engine.num_waiting == num_waiting
+
+
 def test_logits_beside_a_cache(folders):
     engine = make_engine(folders("llama")[0], page_size=4, max_model_len=64,
                          kv_memory_bytes=16 * 4 * TOKEN_BYTES)  # fmt: skip
@@ -276,6 +294,43 @@ def test_a_step_that_is_broken_off_leaves_no_page(folders, runs, then):
     (again,) = engine.generate([prompt], GREEDY)
     assert token_ids([again]) == expected
     assert rows[0] >= 41 and nothing_held(engine)
+
+
+@pytest.mark.parametrize("then", ["step", "abort"])
+@pytest.mark.parametrize("name", ["allocate", "release", "share", "publish", "remove_reader"])
+def test_scheduling_that_is_broken_off_loses_nothing(folders, monkeypatch, name, then):
+    """Ctrl-C between two changes of the pool, inside a step, wherever that is."""
+    prompts = [[*prompt, 7] for prompt in shared_prompts(np.random.default_rng(0), 6, 4)]
+    params = dataclasses.replace(GREEDY, max_tokens=12)
+    options = {"page_size": 4, "kv_memory_bytes": 20 * 4 * TOKEN_BYTES, "max_model_len": 72}
+    expected = token_ids(make_engine(folders("llama")[0], **options).generate(prompts, params))
+    method, left = getattr(PagePool, name), [0]
+
+    def interrupted(pool, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return method(pool, *args)
+
+    monkeypatch.setattr(PagePool, name, interrupted)
+    for left[0] in (1, 3, 6):
+        engine, answers = make_engine(folders("llama")[0], **options), {}
+        watch = Watch(engine)
+        for i, prompt in enumerate(prompts):
+            engine.add_request(prompt, params, request_id=i)
+        while engine.has_work:
+            try:
+                for output in engine.step():
+                    answers.setdefault(output.request_id, []).extend(output.token_ids)
+                watch.check()
+            except KeyboardInterrupt:
+                if then == "abort":
+                    assert engine.abort(5)
+                    watch.check()
+        assert left[0] < 0
+        last = [] if then == "abort" else [expected[5][0]]
+        assert [answers[i] for i in range(5 + len(last))] == [one for (one,) in expected[:5]] + last
+        assert nothing_held(engine)
 
 
 # ---- decisions of ranks, the pool by itself, options

@@ -165,7 +165,6 @@ class Scheduler:
         self.waiting = deque()
         for sequence in sequences:
             sequence.slot, sequence.computed, sequence.pending = None, 0, []
-            sequence.digests, sequence.num_published = [], 0
             self.add(sequence)
 
     def _take_decodes(self):
@@ -275,4 +274,4 @@ class Scheduler:
         for member in (sequence, *sequence.pending):
             self.cache.free_slot(member.slot)
             member.slot = None
-            member.computed = member.num_published = 0
+            member.computed = 0
