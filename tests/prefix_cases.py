@@ -1,6 +1,8 @@
 """What the tests of the prefix cache share: prompts that begin alike, and what must be true of the
 page pool, its queues and the K and V in it after any step."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
@@ -151,7 +153,8 @@ def break_off(engine, runs):
         raise RuntimeError("broken off")
 
     engine._runner.run = broken
-    with pytest.raises(RuntimeError, match="broken off"):
+    is_ahead = engine._ahead is not None  # then the step may have run before
+    with suppress(RuntimeError) if is_ahead else pytest.raises(RuntimeError, match="broken off"):
         engine.step()
     engine._runner.run = run
 

@@ -54,6 +54,7 @@ def at_random(rng, folder, page_size, truth):
         max_tokens_per_step=int(rng.integers(6, 60)),
         kv_memory_bytes=int(rng.integers(17, 40)) * page_size * TOKEN_BYTES,
     )
+    engine._runner.runs_ahead = bool(rng.integers(0, 2))  # as it does on a GPU
     watch, prompts, added = Watch(engine, truth), shared_prompts(rng, 24, page_size), 0
     while added < len(prompts) or engine.has_work:
         action = rng.random()

@@ -22,12 +22,10 @@ from .model import Model
 from .prompt import check_ids, tokenize
 from .reply import Reply
 from .runner import Runner, graph_size
-from .sampling import SamplingParams, SamplingTable, draw_logprobs, to_host
+from .sampling import SamplingParams, SamplingTable, draw_logprobs, seed_of_answer, to_host
 from .scheduler import Scheduler, Sequence, Step
 from .tokenizer import Tokenizer
 from .weights import DummyWeights, open_weights
-
-_GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of the n answers to one prompt
 
 
 class Engine:
@@ -164,7 +162,7 @@ class Engine:
         length = min(self.max_model_len, len(tokens) + (params.max_tokens or self.max_model_len))
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         sequences = [
-            Sequence(request_id, i, params, tokens, _signed(seed + i * _GOLDEN), length)
+            Sequence(request_id, i, params, tokens, seed_of_answer(seed, i), length)
             for i in range(params.n)
         ]
         for sequence in sequences:
@@ -394,9 +392,3 @@ class Engine:
 def _check_size(name, value):
     if type(value) is not int or value < 1:
         raise ArgumentError(f"{name}: expected an integer of 1 or more, got {value!r}")
-
-
-def _signed(value):
-    """The int64 with the low 64 bits of value."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value

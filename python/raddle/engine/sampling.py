@@ -7,6 +7,7 @@ from ..errors import ArgumentError
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_N = 128
+_GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of the n answers to one prompt
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class SamplingParams:
         value = getattr(self, name)
         if type(value) not in (int, float) or not low <= value <= high:  # which no NaN is
             raise ArgumentError(f"{name}: expected a number from {low} to {high}, got {value!r}")
+
+
+def seed_of_answer(seed, index):
+    """The seed of one of the n answers to a prompt: an int64."""
+    value = (seed + index * _GOLDEN) & ((1 << 64) - 1)
+    return value - (1 << 64) if value >> 63 else value
 
 
 class StopStrings:
