@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.engine_cases import make_engine
+from tests.reference import llama
 
 
 class Truth:
@@ -141,6 +142,13 @@ def shared_prompts(rng, count, page_size, vocab=3):
         if rng.random() < 0.3:
             trunk = (prompts[-1] + trunk)[: len(trunk)]
     return prompts
+
+
+def windows_first(folder):
+    """A model whose first KV group has a window, of 24, and the second has none."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    llama.write_model(folder, llama.config_of("qwen2", layer_types=types))
+    return folder
 
 
 def break_off(engine, runs):

@@ -19,8 +19,7 @@ from raddle.engine.scheduler import Sequence
 from raddle.errors import ArgumentError
 
 from tests.engine_cases import GREEDY, folders, make_engine, nothing_held, prompts_of, token_ids
-from tests.prefix_cases import Truth, Watch, break_off, rows_of, shared_prompts
-from tests.reference import llama
+from tests.prefix_cases import Truth, Watch, break_off, rows_of, shared_prompts, windows_first
 
 __all__ = ["folders"]  # a fixture
 KINDS = ["llama", "qwen2", "mistral"]  # no window; a window of 24 on two of three layers; 20 on all
@@ -34,10 +33,7 @@ TINY_LLAMA = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
 @pytest.mark.parametrize("page_size", [2, 5])
 @pytest.mark.parametrize("kind", [*KINDS, "windows first"])
 def test_pool_and_content_at_random(folders, tmp_path, kind, page_size):
-    if kind == "windows first":  # of the groups
-        types = ["sliding_attention", "full_attention", "sliding_attention"]
-        llama.write_model(tmp_path, llama.config_of("qwen2", layer_types=types))
-    folder = tmp_path if kind == "windows first" else folders(kind)[0]
+    folder = windows_first(tmp_path) if kind == "windows first" else folders(kind)[0]
     truth, num_preemptions = Truth(folder, page_size), 0
     for seed in range(6):
         rng = np.random.default_rng([seed, page_size])
@@ -212,6 +208,18 @@ def test_a_hit_of_a_window_needs_the_window_only(folders):
     assert token_ids(engine.generate([prompt], params)) == expected
 
 
+def test_a_hit_is_one_that_every_group_can_supply(tmp_path):
+    engine = make_engine(windows_first(tmp_path), page_size=4, max_tokens_per_step=8)
+    windowed, full = (group.pool for group in engine.cache.groups)
+    (prompt,) = prompts_of([61])
+    engine.generate([prompt], dataclasses.replace(GREEDY, max_tokens=1))
+    for pool, count in ((windowed, 9), (full, 3)):  # blocks 0..8 there, the last 3 here
+        for _ in range(count):
+            pool._evict()
+    # The window of 60 tokens, 37.., is there, but not that of the 48 which are left, 25..
+    assert engine._scheduler.prefix.match(Sequence(None, 0, None, prompt, 0, 99)) == []
+
+
 def test_a_preempted_sequence_finds_its_pages(folders):
     prompts = prompts_of([20, 30, 10, 25, 15, 40])
     params = dataclasses.replace(GREEDY, max_tokens=40)
@@ -248,11 +256,10 @@ def test_pages_that_a_waiting_request_reads_are_evicted_last(folders):
 
 
 def test_shared_pages_take_no_room(folders):
-    """Two of 48 tokens and more do not fit 16 pages of 4, unless they share 40."""
+    """Two of 48 tokens and more do not fit 17 pages of 4, unless they share 40."""
     for prefix_cache, num_waiting in ((True, 0), (False, 1)):
-        engine = make_engine(folders("llama")[0], page_size=4, max_model_len=64,
-                             kv_memory_bytes=17 * 4 * TOKEN_BYTES,
-                             prefix_cache=prefix_cache)  # fmt: skip
+        options = {"page_size": 4, "max_model_len": 64, "prefix_cache": prefix_cache}
+        engine = make_engine(folders("llama")[0], kv_memory_bytes=17 * 4 * TOKEN_BYTES, **options)
         (head,) = prompts_of([40])
         for tail in (5, 6):
             engine.add_request([*head, *[tail] * 7], dataclasses.replace(GREEDY, max_tokens=3))
@@ -329,8 +336,8 @@ def test_scheduling_that_is_broken_off_loses_nothing(folders, monkeypatch, name,
                     assert engine.abort(5)
                     watch.check()
         assert left[0] < 0
-        last = [] if then == "abort" else [expected[5][0]]
-        assert [answers[i] for i in range(5 + len(last))] == [one for (one,) in expected[:5]] + last
+        count = 5 if then == "abort" else 6
+        assert [[answers[i]] for i in range(count)] == expected[:count]
         assert nothing_held(engine)
 
 

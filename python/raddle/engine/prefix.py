@@ -10,6 +10,10 @@ Groups without a window are prefix-closed: whoever holds a block's page holds it
 published, and lets go of the child first. So a parent is never evicted before its children, and the
 longest published prefix is found by bisection. Layers with a window need the blocks of the window.
 
+A hit moves the border between what is read from pages and what is computed in one piece, as another
+max_tokens_per_step does, and with it the last bits of logits. In float32, greedy text is the same;
+in 16 bits it may part where two tokens are about equally likely.
+
 Ranks of one engine decide alike: nothing here depends on time, memory addresses or Python's hash().
 """
 
