@@ -329,7 +329,7 @@ def ops_token_logprobs(
     logits: _AnyTensor, ids: _AnyTensor, top: int, dtype: _DType, stream: _Stream, /
 ) -> tuple[Any, Any, Any]: ...
 
-# -- workspaces and graphs ----------------------------------------------------------------------
+# -- workspaces, streams and graphs -------------------------------------------------------------
 
 @final
 class Workspace:
@@ -340,6 +340,15 @@ class Workspace:
     def size(self) -> int: ...
     @property
     def device(self) -> str: ...
+
+@final
+class Stream:
+    def __new__(cls, device: _Device = "cuda", *, high_priority: bool = False) -> Self: ...
+    @property
+    def cuda_stream(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    def synchronize(self) -> None: ...
 
 @final
 class Graph:

@@ -53,6 +53,7 @@ class CostModel:
     alpha: float
     rate_tokens: tuple = (1.0,)
     overhead: float = 0.0  # seconds
+    weights_in_gemms: bool = False
 
     def __post_init__(self):
         for name in ("gemm_rate", "rate_tokens"):
