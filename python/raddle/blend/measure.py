@@ -1,0 +1,496 @@
+"""A cost model from measurements: what is timed, and the numbers that follow from it.
+
+survey() times pieces of a step on a Rig, fit() turns the times into a CostModel. In between lies a
+dict of lists, which is what a saved model keeps under "measured": seconds throughout, of a few
+layers ("layers" says how many) where nothing else is said.
+
+What is fitted, after sections 5.1 and 6.2 of BlendServe's notes and its paper (arXiv 2411.16102):
+
+    GEMMs      a pass without attention through the model's layers, for each number of tokens, of
+               which the lower convex hull is kept; the weights' read is in it
+    attention  reading K and V takes a + tokens x bytes / read_rate, prefill takes
+               b + scores x FLOPs / attention_flops_rate, both by least squares of relative errors
+    overhead   the median of what whole steps of the engine take beyond that, and a for each layer
+    alpha      GEMMs and decode attention that take c and s alone, w of c being the weights' read,
+               take w + max(c - w, s) + alpha min(c - w, s) on two streams; by least squares of
+               relative errors, for each bound on attention's CTAs; the best bound's is kept
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+
+from .. import __version__, _core
+from ..errors import ArgumentError, CapacityError
+from .cost import CostModel, read_config
+from .rig import PAGE_SIZE, Chunk, Rig
+from .shape import DTYPE_BYTES, Shape
+
+LEAST_BYTES = 1 << 30  # of the layers' weights: no cache holds them from one pass to the next
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is timed. Steps are (requests, tokens of K and V of each, Chunks)."""
+
+    window: float  # seconds of a sample, at least
+    max_batch: int
+    tokens: tuple  # through the GEMMs, at most as many numbers as a CostModel takes
+    decode: tuple  # (requests, tokens of each)
+    prefill: tuple  # Chunks
+    beside: tuple  # (tokens, requests, tokens of each, seconds of attention over those of GEMMs)
+    shares: tuple  # of the CTAs of decode attention, as bounds beside GEMMs
+    steps: tuple  # for the overhead
+    beside_checks: tuple  # as beside; none of the checks is fitted to
+    step_checks: tuple
+
+
+GPU = Grid(
+    window=0.05,
+    max_batch=256,
+    tokens=(1, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 8192),
+    decode=((16, 1024), (64, 1024), (256, 512), (64, 4096), (256, 2048), (16, 16384)),
+    prefill=(Chunk(512), Chunk(2048), Chunk(8192), Chunk(512, 4096), Chunk(2048, 8192)),
+    beside=tuple(
+        (tokens, batch, kv_len, ratio)
+        for tokens in (256, 1024, 2048)
+        for batch, kv_len in ((64, 2048), (256, 1024))
+        for ratio in (0.5, 1.0, 2.0)
+    ),
+    shares=(1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0),
+    steps=(
+        (1, 1024, ()),
+        (64, 1024, ()),
+        (32, 2048, (Chunk(512),)),
+        (64, 1024, (Chunk(1024), Chunk(512, 1024))),
+        (8, 512, (Chunk(2048),)),
+    ),
+    beside_checks=((512, 128, 1024, 1.5), (1536, 32, 4096, 0.75), (768, 200, 1500, 1.0)),
+    step_checks=(
+        (128, 768, ()),
+        (48, 1536, (Chunk(900),)),
+        (96, 1024, (Chunk(700, 2000), Chunk(1200))),
+        (16, 8192, (Chunk(384),)),
+        (200, 1800, (Chunk(1848, 3000),)),
+    ),
+)
+
+GPU_QUICK = replace(
+    GPU,
+    window=0.02,
+    tokens=(1, 16, 64, 128, 256, 512, 1024, 2048, 4096),
+    decode=((16, 1024), (64, 1024), (64, 4096)),
+    prefill=(Chunk(512), Chunk(2048), Chunk(512, 4096)),
+    beside=tuple((tokens, 64, 2048, ratio) for tokens in (512, 2048) for ratio in (0.5, 1.0, 2.0)),
+    shares=(1 / 8, 1 / 4, 1 / 2, 1.0),
+    beside_checks=((1024, 128, 1024, 1.5),),
+    step_checks=((128, 768, ()), (48, 1536, (Chunk(900),)), (96, 1024, (Chunk(700, 2000),))),
+)
+
+CPU = Grid(
+    window=0.05,
+    max_batch=16,
+    tokens=(1, 4, 8, 16, 32, 64, 128, 256, 512),
+    decode=((1, 512), (4, 512), (16, 256), (8, 2048)),
+    prefill=(Chunk(64), Chunk(256), Chunk(128, 1024)),
+    beside=tuple((tokens, 8, 1024, ratio) for tokens in (32, 128) for ratio in (0.5, 1.0, 2.0)),
+    shares=(1 / 2, 1.0),
+    steps=((1, 256, ()), (8, 512, ()), (4, 512, (Chunk(64),)), (8, 256, (Chunk(128, 512),))),
+    beside_checks=((64, 16, 512, 1.5),),
+    step_checks=((12, 384, ()), (6, 700, (Chunk(96),)), (3, 1024, (Chunk(200, 300),))),
+)
+
+CPU_QUICK = replace(
+    CPU,
+    window=0.002,
+    tokens=(1, 4, 16, 64, 128),
+    decode=((1, 256), (4, 256), (8, 512)),
+    prefill=(Chunk(32), Chunk(128), Chunk(64, 256)),
+    beside=tuple((32, 8, 256, ratio) for ratio in (0.5, 1.0, 2.0)),
+    steps=((1, 128, ()), (8, 256, ()), (4, 256, (Chunk(32),))),
+    beside_checks=((64, 4, 512, 1.5),),
+    step_checks=((6, 200, ()), (3, 300, (Chunk(48, 100),))),
+)
+
+
+def measure(config, device="cuda:0", dtype=None, *, quick=False, progress=None):
+    """What CostModel.measure says."""
+    from .. import empty
+    from ..engine.config import ModelConfig
+
+    say = progress or (lambda text: None)
+    content = dict(read_config(config))
+    if dtype is not None:
+        if dtype not in DTYPE_BYTES:
+            known = ", ".join(DTYPE_BYTES)
+            raise ArgumentError(f"dtype: expected one of {known}, got {dtype!r}")
+        content["dtype"] = dtype
+    device = empty(1, device=device).device  # "cuda" is cuda:0; or an error that says why not
+    is_cpu = device == "cpu"
+    grid = (CPU_QUICK if quick else CPU) if is_cpu else (GPU_QUICK if quick else GPU)
+    num_layers = layers_to_measure(content)
+    say(f"{num_layers} layers with random weights on {device}")
+    shape = Shape.from_dict(with_layers(content, num_layers))
+    pool_tokens = _pool_tokens(grid)
+    _check_room(device, shape, pool_tokens)
+    rig = Rig(
+        ModelConfig.from_dict(with_layers(content, num_layers)),
+        device=device,
+        max_batch=grid.max_batch,
+        max_tokens=_max_tokens(grid),
+        max_context=_max_context(grid),
+        pool_tokens=pool_tokens,
+        window=grid.window,
+    )
+    facts = {"machine": describe(device), "quick": quick, "model": content}
+    return fit(facts | survey(rig, grid, say))
+
+
+# -- sizes --------------------------------------------------------------------------------------
+
+
+def with_layers(config, num_layers):
+    """The content of a config.json for a model of so many layers."""
+    changed = {**config, "num_hidden_layers": num_layers}
+    kinds = config.get("layer_types")
+    if kinds:
+        changed["layer_types"] = [kinds[i % len(kinds)] for i in range(num_layers)]
+    return changed
+
+
+def layers_to_measure(config):
+    """One layer more than have LEAST_BYTES of weights, at least 2, at most as many as there are."""
+    two, one = (Shape.from_dict(with_layers(config, layers)) for layers in (2, 1))
+    layer_bytes = (two.parameters - one.parameters) * one.dtype_bytes
+    all_layers = Shape.from_dict(config).num_layers
+    return max(2, min(all_layers, 1 + -(-LEAST_BYTES // layer_bytes)))
+
+
+def _all_steps(grid):
+    return (*grid.steps, *grid.step_checks)
+
+
+def _max_tokens(grid):
+    chunks = [chunk.count for chunk in grid.prefill]
+    steps = [batch + sum(chunk.count for chunk in chunks) for batch, _, chunks in _all_steps(grid)]
+    return max(*grid.tokens, *chunks, *steps, grid.max_batch)
+
+
+def _max_context(grid):
+    lengths = [kv_len for _, kv_len in grid.decode]
+    lengths += [load[2] for load in (*grid.beside, *grid.beside_checks)]
+    lengths += [kv_len + 1 for _, kv_len, _ in _all_steps(grid)]
+    chunks = [*grid.prefill, *(chunk for step in _all_steps(grid) for chunk in step[2])]
+    return max(*lengths, *(chunk.count + chunk.cached for chunk in chunks), _max_tokens(grid))
+
+
+def _pool_tokens(grid):
+    """Of the largest load, every request's last page counted whole."""
+
+    def pages(batch, kv_len, chunks=()):
+        lengths = [kv_len + 1] * batch + [chunk.count + chunk.cached for chunk in chunks]
+        return sum(-(-length // PAGE_SIZE) for length in lengths)
+
+    loads = [pages(*load) for load in (*grid.decode, *_all_steps(grid))]
+    loads += [pages(load[1], load[2]) for load in (*grid.beside, *grid.beside_checks)]
+    loads += [pages(0, 0, [chunk]) for chunk in grid.prefill]
+    return PAGE_SIZE * max(*loads, -(-_max_tokens(grid) // PAGE_SIZE))
+
+
+def _check_room(device, shape, pool_tokens):
+    if device == "cpu":
+        return
+    free = _core.gpu_info(int(device.partition(":")[2] or 0))["free_bytes"]
+    needed = pool_tokens * shape.kv_bytes + 2 * shape.parameters * shape.dtype_bytes
+    if needed > free:
+        raise CapacityError(
+            f"device: {device} has {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for "
+            f"{shape.num_layers} layers and {pool_tokens} tokens of K and V; free memory there, or "
+            "pass quick=True (--quick)"
+        )
+
+
+def describe(device):
+    """The machine and the versions that times come from."""
+    facts = {"device": "cpu", "raddle": __version__}
+    settings = _core.settings()
+    if device == "cpu":
+        return facts | {"isa": settings["cpu_isa"], "threads": settings["cpu_threads"]}
+    facts["device"] = _core.gpu_info(int(device.partition(":")[2] or 0))["name"]
+    return facts | {"driver": _core.driver_info()[0], "cublaslt": _core.blas_info()[1]}
+
+
+# -- timing -------------------------------------------------------------------------------------
+
+
+def survey(rig, grid, say):
+    """Times all of a Grid on a Rig, or what stands for one; returns them as a dict of lists of
+    dicts. say: called with a line of text before each part."""
+    found = {"layers": rig.num_layers, "gemms": [], "decode": [], "prefill": []}
+    for tokens in grid.tokens:
+        say(f"GEMMs of {tokens} tokens")
+        one, all_layers = rig.pass_seconds(tokens)
+        found["gemms"].append({"tokens": tokens, "one_layer": one, "seconds": all_layers})
+    for batch, kv_len in grid.decode:
+        say(f"decode attention of {batch} requests x {kv_len} tokens")
+        seconds = rig.decode_seconds(batch, kv_len)
+        found["decode"].append({"batch": batch, "kv_len": kv_len, "seconds": seconds})
+    for chunk in grid.prefill:
+        say(f"prefill attention of {chunk.count} tokens behind {chunk.cached}")
+        seconds = rig.prefill_seconds(chunk)
+        found["prefill"].append({"qo_len": chunk.count, "cached": chunk.cached, "seconds": seconds})
+    workers = rig.num_ctas()
+    bounds = sorted({max(1, round(share * workers)) for share in grid.shares})
+    found["ctas"] = workers
+    for name in ("beside", "beside_checks"):
+        found[name] = [
+            cell
+            for load in getattr(grid, name)
+            for cell in _survey_beside(rig, grid, load, bounds, say)
+        ]
+    for name in ("steps", "step_checks"):
+        found[name] = [_survey_step(rig, step, say) for step in getattr(grid, name)]
+    return found
+
+
+def _survey_beside(rig, grid, load, bounds, say):
+    """A cell for each bound. Both sides are repeated so that attention, alone and unbounded, takes
+    `ratio` times what the GEMMs take."""
+    tokens, batch, kv_len, ratio = load
+    say(
+        f"GEMMs of {tokens} tokens beside decode attention of {batch} x {kv_len}, {ratio:g} as long"
+    )
+    gemms, reads = rig.pass_seconds(tokens)[1], rig.decode_seconds(batch, kv_len)
+    passes = max(1, round(grid.window / gemms), round(reads / (ratio * gemms)))
+    counts = (passes, max(1, round(ratio * passes * gemms / reads)))
+    return [
+        {
+            "tokens": tokens,
+            "batch": batch,
+            "kv_len": kv_len,
+            "max_ctas": bound,
+            "passes": counts[0],
+            "gemms": counts[0] * gemms,
+            "reads": counts[1] * reads,
+            "seconds": rig.beside_seconds(tokens, batch, kv_len, counts, bound),
+        }
+        for bound in bounds
+    ]
+
+
+def _survey_step(rig, step, say):
+    batch, kv_len, chunks = step
+    read = sum(chunk.count for chunk in chunks)
+    say(f"a step of {batch} requests x {kv_len} tokens and {read} tokens of prompts")
+    return {
+        "batch": batch,
+        "kv_len": kv_len,
+        "chunks": [[chunk.count, chunk.cached] for chunk in chunks],
+        "tokens": batch + read,
+        "scores": sum(scores_of(chunk.count, chunk.cached) for chunk in chunks),
+        "reads": batch * (kv_len + 1),
+        "seconds": rig.step_seconds(batch, kv_len, list(chunks)),
+    }
+
+
+def scores_of(count, cached):
+    """Query-key pairs of a causal chunk."""
+    return count * cached + count * (count + 1) // 2
+
+
+# -- fitting ------------------------------------------------------------------------------------
+
+
+def fit(measured):
+    """The CostModel of all layers of a model, from a survey of a few of them.
+
+    measured: what survey() returns, and "model", the content of a config.json. The result keeps it,
+    with what came of it: "weights" (bytes, and seconds of GEMMs of the fewest tokens), "bounds"
+    (alpha for each bound), "max_ctas" (the bound whose alpha is the model's), and in both checks,
+    which nothing is fitted to, "predicted" and "error" (of predicted, relative to what was
+    measured). The same times give the same model.
+    """
+    layers, all_layers = measured["layers"], Shape.from_dict(measured["model"]).num_layers
+    few = _fit_rates(measured, layers)
+    extra = statistics.median(
+        row["seconds"] - few.step_seconds(row["tokens"], row["scores"], row["reads"])
+        for row in measured["steps"]
+    )
+    bounds = fit_alphas(few, measured["beside"])
+    best = min(bounds, key=lambda bound: bound["share"])
+    few = replace(few, overhead=max(0.0, extra), alpha=best["alpha"])
+    start, _ = _fit_reads(measured)
+    whole = _fit_rates(measured, all_layers)
+    weights = {"bytes": _gemm_bytes(measured["model"]), "seconds": whole.compute_seconds(1)}
+    return replace(
+        whole,
+        overhead=max(0.0, extra + (all_layers - layers) * start),
+        alpha=best["alpha"],
+        measured={
+            **measured,
+            "weights": weights,
+            "bounds": bounds,
+            "max_ctas": best["max_ctas"],
+            "step_checks": check_steps(few, measured["step_checks"]),
+            "beside_checks": check_beside(few, measured["beside_checks"], best["max_ctas"]),
+        },
+    )
+
+
+def _gemm_bytes(config):
+    """Of the weights that GEMMs read: all but the embedding table, where logits have their own."""
+    from ..engine.config import ModelConfig
+
+    shape, model = Shape.from_dict(config), ModelConfig.from_dict(config)
+    table = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    return (shape.parameters - table) * shape.dtype_bytes
+
+
+def _fit_rates(measured, num_layers):
+    """A CostModel of so many layers, without overhead, nothing hidden."""
+    shape = Shape.from_dict(with_layers(measured["model"], num_layers))
+    few = measured["layers"]
+    tokens, seconds = lower_hull(scaled_gemms(measured, num_layers))
+    score_flops = 4.0 * shape.num_qo_heads * shape.head_dim  # of a layer
+    _, score_slope = fit_line(
+        [
+            (scores_of(row["qo_len"], row["cached"]) * score_flops, row["seconds"] / few)
+            for row in measured["prefill"]
+        ]
+    )
+    _, read_slope = _fit_reads(measured)
+    flops = 2.0 * shape.active_parameters
+    return CostModel(
+        flops_per_token=flops,
+        flops_per_score=score_flops * num_layers,
+        kv_bytes_per_token=float(shape.kv_bytes),
+        weight_bytes=float(shape.parameters * shape.dtype_bytes),
+        attention_flops_rate=1 / score_slope,
+        read_rate=1 / read_slope,
+        gemm_rate=tuple(n * flops / s for n, s in zip(tokens, seconds)),
+        rate_tokens=tuple(float(n) for n in tokens),
+        alpha=1.0,
+        weights_in_gemms=True,
+    )
+
+
+def _fit_reads(measured):
+    """(seconds that decode attention of a layer takes at least, and for each byte of K and V)."""
+    each = Shape.from_dict(with_layers(measured["model"], 1)).kv_bytes
+    return fit_line(
+        [
+            (row["batch"] * row["kv_len"] * each, row["seconds"] / measured["layers"])
+            for row in measured["decode"]
+        ]
+    )
+
+
+def scaled_gemms(measured, num_layers):
+    """[(tokens, seconds)] of a pass through so many layers: one, and the others as the layers that
+    were timed take beyond one; noise makes none negative."""
+    more = (num_layers - 1) / (measured["layers"] - 1)
+    return [
+        (row["tokens"], row["one_layer"] + more * max(0.0, row["seconds"] - row["one_layer"]))
+        for row in measured["gemms"]
+    ]
+
+
+def lower_hull(points):
+    """The lower convex hull of (tokens, seconds), tokens ascending, from its lowest point on: two
+    lists. A CostModel takes fewer tokens to take as long as the first.
+
+    Equal steps are the best ones only where the time is convex, and a scheduler's bound rests on
+    that. What lies above the hull (a number of tokens that fills tiles badly) is taken for as fast
+    as its neighbours.
+    """
+    lowest = min(range(len(points)), key=lambda i: (points[i][1], -i))
+    hull = []
+    for point in points[lowest:]:
+        while len(hull) >= 2 and _is_above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [tokens for tokens, _ in hull], [seconds for _, seconds in hull]
+
+
+def _is_above(left, middle, right):
+    """Whether middle lies on or above the line from left to right."""
+    rise = (right[1] - left[1]) * (middle[0] - left[0])
+    return (middle[1] - left[1]) * (right[0] - left[0]) >= rise
+
+
+def fit_line(points):
+    """(start, slope) of y = start + slope x with the least sum of squared relative errors, neither
+    negative. points: two or more (x, y), x different, y positive."""
+    inverse = sum(1 / y**2 for _, y in points)
+    x_mean = sum(x / y**2 for x, y in points) / inverse
+    y_mean = sum(1 / y for _, y in points) / inverse
+    spread = sum((x - x_mean) ** 2 / y**2 for x, y in points)
+    slope = sum((x - x_mean) * (y - y_mean) / y**2 for x, y in points) / spread
+    start = y_mean - slope * x_mean
+    if start < 0 or slope <= 0:  # the best line through the origin
+        return 0.0, sum(x / y for x, y in points) / sum((x / y) ** 2 for x, y in points)
+    return start, slope
+
+
+def fit_alphas(cost, cells):
+    """[{"max_ctas", "alpha", "share"}]: the loss of overlap with each bound on attention's CTAs,
+    and the time of both at once over that of one after the other, on average. ArgumentError where
+    nothing could be hidden."""
+    bounds = {}
+    for cell in cells:
+        bounds.setdefault(cell["max_ctas"], []).append(cell)
+    return [
+        {
+            "max_ctas": max_ctas,
+            "alpha": _fit_alpha(cost, own),
+            "share": statistics.mean(c["seconds"] / (c["gemms"] + c["reads"]) for c in own),
+        }
+        for max_ctas, own in bounds.items()
+    ]
+
+
+def _fit_alpha(cost, cells):
+    above = below = 0.0
+    for cell in cells:
+        longer, shorter = _sides(cost, cell)
+        above += (cell["seconds"] - longer) * shorter / cell["seconds"] ** 2
+        below += (shorter / cell["seconds"]) ** 2
+    if below == 0:
+        raise ArgumentError(
+            "beside: expected GEMMs that do more than read their weights, got none: nothing could "
+            "be hidden, and alpha cannot be told; measure more tokens"
+        )
+    return min(1.0, max(0.0, above / below))
+
+
+def _sides(cost, cell):
+    """(seconds that a cell takes at least, of the shorter side what alpha is a share of)."""
+    weights = cell["passes"] * cost.read_seconds(0)
+    compute = max(cell["gemms"], weights)
+    read = weights + cell["reads"]
+    return max(compute, read), min(compute, read) - weights
+
+
+# -- checking -----------------------------------------------------------------------------------
+
+
+def check_steps(cost, rows):
+    """The rows of steps with what the model says of them: the engine runs one thing after the
+    other, alpha 1."""
+    cost = replace(cost, alpha=1.0)
+    return [
+        _checked(row, cost.step_seconds(row["tokens"], row["scores"], row["reads"])) for row in rows
+    ]
+
+
+def check_beside(cost, cells, max_ctas):
+    """The cells of one bound with what the model says of them."""
+    checked = []
+    for cell in cells:
+        if cell["max_ctas"] == max_ctas:
+            longer, shorter = _sides(cost, cell)
+            checked.append(_checked(cell, longer + cost.alpha * shorter))
+    return checked
+
+
+def _checked(row, predicted):
+    return {**row, "predicted": predicted, "error": predicted / row["seconds"] - 1}
