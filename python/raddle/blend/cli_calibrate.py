@@ -9,7 +9,7 @@ import sys
 
 from ..errors import RaddleError, RaddleIOError
 from .cost import LLAMA_3_8B, CostModel
-from .measure import scaled_gemms, scores_of
+from .fit import scaled_gemms
 from .plot import need_matplotlib, plot_measured
 from .shape import DTYPE_BYTES
 from .text import table_text
@@ -124,7 +124,7 @@ def _prefill_rows(cost, num_layers):
     yield "prefill attention of", "ms, all layers", "TFLOP/s"
     for row in cost.measured["prefill"]:
         seconds = row["seconds"] * num_layers / cost.measured["layers"]
-        rate = scores_of(row["qo_len"], row["cached"]) * cost.flops_per_score / seconds / 1e12
+        rate = row["scores"] * cost.flops_per_score / seconds / 1e12
         yield f"{row['qo_len']} behind {row['cached']}", f"{1e3 * seconds:.4g}", f"{rate:.4g}"
 
 

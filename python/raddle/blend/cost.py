@@ -121,7 +121,7 @@ class CostModel:
         engine that overlaps them so; raddle.engine runs them one after the other, which is
         dataclasses.replace(cost, alpha=1.0). On the CPU work on two streams is done one after the
         other. `measured` of the result has all times, and under step_checks and beside_checks what
-        the model says of steps that it was not fitted to. raddle.blend.measure says how it is
+        the model says of steps that it was not fitted to. raddle.blend.fit says how it is
         fitted.
 
         The device should have nothing else to do. Takes minutes, and some GB of its memory. Raises

@@ -73,7 +73,7 @@ def plot_measured(cost, path):
 
 
 def _plot_gemms(panel, cost):
-    from .measure import scaled_gemms
+    from .fit import scaled_gemms
 
     points = scaled_gemms(cost.measured, cost.measured["model"]["num_hidden_layers"])
     tokens = [point[0] for point in points]

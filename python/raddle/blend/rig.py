@@ -69,6 +69,11 @@ class Chunk:
     count: int
     cached: int = 0
 
+    @property
+    def scores(self):
+        """Query-key pairs, causal."""
+        return self.count * self.cached + self.count * (self.count + 1) // 2
+
 
 class Rig:
     """The layers, the caches and the plans.
