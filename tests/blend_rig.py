@@ -7,7 +7,7 @@ from raddle.blend.shape import Shape, with_layers
 
 
 class FakeRig:
-    """Of some layers of a model. alphas: by bound on attention's CTAs, of 132. bumps: by tokens,
+    """Of some layers of a model. alphas: by (max_ctas, max_sms), of 132. bumps: by tokens,
     how much longer GEMMs take than on a convex line. noise: called for a factor of each time."""
 
     def __init__(self, content, layers=4, alphas=None, bumps=None, noise=None):
@@ -16,7 +16,7 @@ class FakeRig:
         self.read_rate, self.flops_rate = 4.4e12, 400e12
         self.kv_bytes, self.score_flops = shape.kv_bytes, 4.0 * shape.num_qo_heads * shape.head_dim
         self.start, self.host = 5e-6, 2e-4  # of decode attention, a layer; of a step
-        self.alphas = alphas or {66: 0.4, 132: 0.7}
+        self.alphas = alphas or {(66, 0): 0.9, (66, 66): 0.4, (132, 0): 0.7}
         self.bumps, self.noise = bumps or {}, noise or (lambda: 1.0)
         two = Shape.from_dict(with_layers(content, 2))
         self.layer_bytes = (two.parameters - shape.parameters) * shape.dtype_bytes
@@ -51,13 +51,16 @@ class FakeRig:
     def num_ctas(self):
         return 132
 
-    def beside_seconds(self, tokens, batch, kv_len, counts, max_ctas):
+    def num_sms(self):
+        return 132
+
+    def beside_seconds(self, tokens, batch, kv_len, counts, max_ctas, max_sms):
         gemms = counts[0] * self.gemms(tokens, self.num_layers)
         reads = counts[1] * self.reads(batch, kv_len)
         all_bytes = self.end_bytes + self.num_layers * self.layer_bytes
         weights = counts[0] * all_bytes / self.read_rate
         longer, shorter = max(gemms - weights, reads), min(gemms - weights, reads)
-        return self.noise() * (weights + longer + self.alphas[max_ctas] * shorter)
+        return self.noise() * (weights + longer + self.alphas[max_ctas, max_sms] * shorter)
 
     def step_seconds(self, batch, kv_len, chunks):
         tokens = batch + sum(chunk.count for chunk in chunks)

@@ -26,28 +26,49 @@ def test_what_is_known_is_found(layers):
     assert cost.read_rate == pytest.approx(fake.read_rate, rel=1e-9)
     assert cost.attention_flops_rate == pytest.approx(fake.flops_rate, rel=1e-9)
     assert cost.overhead == pytest.approx(fake.host + 32 * fake.start, rel=1e-6)
-    assert cost.alpha == pytest.approx(0.4, abs=1e-9) and cost.measured["max_ctas"] == 66
+    assert cost.alpha == pytest.approx(0.4, abs=1e-9)
+    best = cost.measured["best"]
+    assert (best["max_ctas"], best["max_sms"]) == (66, 66)
     for tokens in GRID.tokens:
         assert cost.compute_seconds(tokens) == pytest.approx(fake.gemms(tokens, 32), rel=1e-9)
     assert cost.weights_in_gemms and cost.weight_bytes == 2 * 8_030_261_248
     assert cost.kv_bytes_per_token == 131_072 and cost.flops_per_score == 4 * 32 * 128 * 32
-    bounds = {row["max_ctas"]: row["alpha"] for row in cost.measured["bounds"]}
-    assert bounds == pytest.approx({66: 0.4, 132: 0.7}, abs=1e-9)
+    bounds = {(row["max_ctas"], row["max_sms"]): row["alpha"] for row in cost.measured["bounds"]}
+    assert bounds == pytest.approx({(66, 0): 0.9, (66, 66): 0.4, (132, 0): 0.7}, abs=1e-9)
+    assert cost.measured["picked"]["alpha"] == pytest.approx(0.4, abs=1e-9)
     # What was not fitted to. Between two numbers of tokens the table is a line, the layer is not.
     checks = [*cost.measured["step_checks"], *cost.measured["beside_checks"]]
     assert len(checks) == len(GRID.step_checks) + len(GRID.beside_checks)
     assert all(abs(row["error"]) < 0.02 for row in checks)
-    assert {row["max_ctas"] for row in cost.measured["beside_checks"]} == {66}
+    assert {row["max_sms"] for row in cost.measured["beside_checks"]} == {66}
     assert fit.fit(cost.measured) == cost  # again from what it keeps
+
+
+def test_bounds_that_are_picked_for_each_load():
+    """Fewer CTAs are better where there is little to read: either pair alone loses more."""
+    measured = surveyed(LLAMA_3_8B, FakeRig(LLAMA_3_8B))
+    by_hand = {}
+    for cell in measured["beside"]:
+        is_long = cell["reads"] > cell["gemms"]
+        if cell["max_sms"] == 66 and is_long or cell["max_ctas"] == 132 and not is_long:
+            cell["seconds"] = 0.99 * (cell["gemms"] + cell["reads"])
+        key = cell["gemms"], cell["reads"]
+        by_hand[key] = min(by_hand.get(key, 9.0), cell["seconds"] / sum(key))
+    cost = fit.fit(measured)
+    shares = [row["share"] for row in cost.measured["bounds"]]
+    picked = cost.measured["picked"]["share"]
+    assert picked == pytest.approx(np.mean(list(by_hand.values()))) and picked < min(shares)
+    assert cost.measured["best"]["share"] == min(shares)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.15, 1.0])
 def test_alpha(alpha):
-    cost = fit.fit(surveyed(LLAMA_3_8B, FakeRig(LLAMA_3_8B, alphas={66: alpha, 132: alpha})))
+    fake = FakeRig(LLAMA_3_8B, alphas=dict.fromkeys([(66, 0), (66, 66), (132, 0)], alpha))
+    cost = fit.fit(surveyed(LLAMA_3_8B, fake))
     assert cost.alpha == pytest.approx(alpha, abs=1e-9)
     # More than one after the other, or less than the longer: at the ends of what a model takes.
     for beyond, kept in ((1.5, 1.0), (-0.2, 0.0)):
-        fake = FakeRig(LLAMA_3_8B, alphas={66: beyond, 132: beyond})
+        fake.alphas = dict.fromkeys(fake.alphas, beyond)
         assert fit.fit(surveyed(LLAMA_3_8B, fake)).alpha == kept
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raddle import errors
+import raddle
+from raddle import errors, ops
 from raddle.__main__ import main
 from raddle.blend import CostModel, fit, measure, rig
 from raddle.blend.cost import LLAMA_3_8B
@@ -19,6 +20,7 @@ from raddle.blend.rig import Chunk
 from raddle.blend.shape import with_layers
 
 from tests.blend_rig import GRID, FakeRig, surveyed
+from tests.stub_driver import build_stubs, check_script
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny-llama"
 
@@ -97,6 +99,13 @@ def test_layers_that_are_timed():
     assert len(with_layers(kinds, 5)["layer_types"]) == 5
 
 
+def test_bounds():
+    assert measure.bounds_of((1 / 4, 1.0), 132, 132) == [(33, 0), (33, 99), (132, 0)]
+    assert measure.bounds_of((1 / 4, 0.5), 264, 132) == [(66, 0), (66, 99), (132, 0), (132, 66)]
+    assert measure.bounds_of((1 / 8, 1.0), 3, 2) == [(1, 0), (1, 1), (3, 0)]
+    assert measure.bounds_of((1 / 2, 1.0), 2, 0) == [(1, 0), (2, 0)]  # a CPU
+
+
 def test_grids_are_within_what_a_rig_and_a_model_take():
     for grid in (measure.GPU, measure.GPU_QUICK, measure.CPU, measure.CPU_QUICK):
         assert len(grid.tokens) <= 16 and list(grid.tokens) == sorted(set(grid.tokens))
@@ -153,11 +162,12 @@ def test_rig_runs_every_piece():
     """By a clock of its own: a tick for each sample, whatever the machine does."""
     small_rig = make_rig()
     assert small_rig.num_layers == 3 and small_rig.num_ctas() >= 1
+    assert small_rig.num_sms() == 0
     assert small_rig.pass_seconds(1) == (1.0, 1.0)
     assert small_rig.pass_seconds(40) == (1.0, 1.0)  # more tokens than rows of logits
     assert small_rig.decode_seconds(8, 60) == 1.0
     assert small_rig.prefill_seconds(Chunk(40, 60)) == 1.0
-    assert small_rig.beside_seconds(5, 3, 50, (2, 3), 1) == 1.0
+    assert small_rig.beside_seconds(5, 3, 50, (2, 3), 1, 0) == 1.0
     assert small_rig.step_seconds(3, 30, []) == 1.0
     assert small_rig.step_seconds(0, 0, [Chunk(40)]) == 1.0
     assert small_rig.step_seconds(3, 30, [Chunk(20, 10), Chunk(9)]) == 1.0
@@ -235,6 +245,64 @@ def test_what_cannot_be_measured(config, options, error, words):
         CostModel.measure(config, **{"device": "cpu", "quick": True, **options})
 
 
+STUB_SCRIPT = """
+from dataclasses import replace
+from raddle import _core
+from raddle.blend import CostModel, measure
+from raddle.blend.rig import Chunk
+
+measure.GPU_QUICK = replace(
+    measure.CPU_QUICK,
+    window=1e-4,
+    shares=(0.25, 1.0),
+    max_batch=24,
+    tokens=(1, 9, 60),
+    step_checks=((9, 40, ()), (2, 90, (Chunk(30, 5), Chunk(7)))),
+)
+cost = CostModel.measure({config!r}, "cuda", "bfloat16", quick=True)
+found = cost.measured
+assert found["machine"]["device"] == "Stub GPU 0" and found["sms"] == 132, found["machine"]
+pairs = {{(cell["max_ctas"], cell["max_sms"]) for cell in found["beside"]}}
+assert pairs == {{(33, 0), (33, 99), (132, 0)}}, pairs
+assert all(row["seconds"] > 0 for row in found["steps"] + found["step_checks"])
+
+from raddle import Graph, Stream, empty, errors
+stream = Stream(high_priority=True)
+assert stream.device == "cuda:0" and stream.cuda_stream > 0
+assert Stream("cuda:0").cuda_stream != stream.cuda_stream
+graph = Graph(device="cuda", stream=stream)
+with graph:
+    assert graph.stream == stream.cuda_stream
+    for call in (stream.synchronize, Stream):
+        try:
+            call()
+        except errors.StateError as error:
+            assert "stream" in str(error)
+        else:
+            raise AssertionError(call)
+graph.launch()
+stream.synchronize()
+"""
+
+
+def test_measure_on_the_stub_driver(tmp_path):
+    """What a capture forbids, or a plan or a graph refuses, is refused there too."""
+    stubs = build_stubs(tmp_path, blas=True)
+    script = STUB_SCRIPT.format(config=SMALL)
+    check_script(script, stubs, RADDLE_CACHE_DIR=str(tmp_path / "cache"))
+
+
+def test_streams_of_the_cpu():
+    stream = raddle.Stream("cpu")
+    assert (stream.cuda_stream, stream.device, stream.synchronize()) == (0, "cpu", None)
+    assert repr(stream) == "<raddle.Stream on cpu>"
+    x = np.ones((2, 8), np.float32)
+    np.testing.assert_array_equal(ops.silu_and_mul(x, stream=stream),
+                                  ops.silu_and_mul(x))  # fmt: skip
+    with pytest.raises(errors.DeviceError, match="device: expected"):
+        raddle.Stream("tpu")
+
+
 # -- the command --------------------------------------------------------------------------------
 
 
@@ -274,7 +342,10 @@ def test_report_says_what_was_measured():
     text = report(replace(cost, measured=known))
     assert "device a GPU\n4 layers were timed, of 32" in text
     assert "prefill     400 TFLOP/s" in text and "K and V     4400 GB/s" in text
-    assert "alpha       0.400" in text and "at most 66 of 132" in text
+    assert (
+        "alpha       0.400" in text
+        and "decode attention on 66 CTAs, GEMMs cut for 66 SMs, of 132 and 132" in text
+    )
     assert f"{2 / 1.4:.3f} times as fast" in text
     lines = text.splitlines()
     assert sum(line.startswith("step: ") for line in lines) == len(GRID.step_checks)

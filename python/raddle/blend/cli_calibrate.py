@@ -80,7 +80,7 @@ def report(cost):
             table_text(_decode_rows(cost, num_layers)),
             table_text(_prefill_rows(cost, num_layers)),
             table_text(_beside_rows(measured["beside"])),
-            table_text(_bound_rows(measured["bounds"])),
+            table_text(_bound_rows(measured["bounds"], measured["picked"])),
             table_text(_check_rows((*measured["step_checks"], *measured["beside_checks"]))),
             f"alpha {cost.alpha:.3f}: where computing takes as long as reading K and V, a step is "
             f"done {2 / (1 + cost.alpha):.3f} times as fast with both at once as with one after "
@@ -99,9 +99,14 @@ def _rates(cost):
         ("weights", f"{weights['bytes'] / weights['seconds'] / 1e9:.4g} GB/s"),
         ("overhead", f"{1e3 * cost.overhead:.4g} ms a step"),
         ("alpha", f"{cost.alpha:.3f}"),
-        ("CTAs for it", f"at most {measured['max_ctas']} of {measured['ctas']}"),
+        ("with", f"{_bounds_text(measured['best'])}, of {measured['ctas']} and {measured['sms']}"),
     )
     return "\n".join(f"{name:12}{value}" for name, value in rows)
+
+
+def _bounds_text(bounds):
+    sms = f"for {bounds['max_sms']} SMs" if bounds["max_sms"] else "for all SMs"
+    return f"decode attention on {bounds['max_ctas']} CTAs, GEMMs cut {sms}"
 
 
 def _gemm_rows(cost, num_layers):
@@ -129,17 +134,20 @@ def _prefill_rows(cost, num_layers):
 
 
 def _beside_rows(cells):
-    yield "beside GEMMs of", "decode", "CTAs", "GEMMs ms", "decode ms", "both ms", "of their sum"
+    yield "GEMMs of", "decode", "CTAs", "SMs", "GEMMs ms", "decode ms", "both ms", "of their sum"
     for cell in cells:
-        loads = f"{cell['tokens']} tokens", f"{cell['batch']} x {cell['kv_len']}", cell["max_ctas"]
+        loads = f"{cell['tokens']} tokens", f"{cell['batch']} x {cell['kv_len']}"
         times = (f"{1e3 * cell[name]:.4g}" for name in ("gemms", "reads", "seconds"))
-        yield *loads, *times, f"{cell['seconds'] / (cell['gemms'] + cell['reads']):.3f}"
+        share = f"{cell['seconds'] / (cell['gemms'] + cell['reads']):.3f}"
+        yield *loads, cell["max_ctas"], cell["max_sms"] or "all", *times, share
 
 
-def _bound_rows(bounds):
-    yield "CTAs at most", "alpha", "both, of their sum"
+def _bound_rows(bounds, picked):
+    yield "CTAs at most", "SMs of GEMMs", "alpha", "both, of their sum"
     for row in bounds:
-        yield row["max_ctas"], f"{row['alpha']:.3f}", f"{row['share']:.3f}"
+        sms = row["max_sms"] or "all"
+        yield row["max_ctas"], sms, f"{row['alpha']:.3f}", f"{row['share']:.3f}"
+    yield "each load's best", "", f"{picked['alpha']:.3f}", f"{picked['share']:.3f}"
 
 
 def _check_rows(rows):

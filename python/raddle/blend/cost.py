@@ -117,12 +117,12 @@ class CostModel:
 
         Timed are GEMMs and what goes with them over numbers of tokens, prefill attention, decode
         attention, whole steps, and decode attention beside GEMMs on two streams with several
-        bounds on its CTAs, of which the best one's loss becomes alpha. That is the alpha of an
-        engine that overlaps them so; raddle.engine runs them one after the other, which is
-        dataclasses.replace(cost, alpha=1.0). On the CPU work on two streams is done one after the
-        other. `measured` of the result has all times, and under step_checks and beside_checks what
-        the model says of steps that it was not fitted to. raddle.blend.fit says how it is
-        fitted.
+        bounds on the CTAs of one and the multiprocessors of the other, of which the best pair's
+        loss becomes alpha. That is the alpha of an engine that overlaps them so; raddle.engine runs
+        them one after the other, which is dataclasses.replace(cost, alpha=1.0). On the CPU work on
+        two streams is done one after the other. `measured` of the result has all times, and under
+        step_checks and beside_checks what the model says of steps that it was not fitted to; how it
+        is fitted is said in raddle.blend.fit.
 
         The device should have nothing else to do. Takes minutes, and some GB of its memory. Raises
         UnsupportedError for a model that the engine does not run, ArgumentError, DeviceError,

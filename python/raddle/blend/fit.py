@@ -9,7 +9,8 @@ What is fitted, after sections 5.1 and 6.2 of BlendServe's notes and its paper (
     overhead   the median of what whole steps of the engine take beyond that, and a for each layer
     alpha      GEMMs and decode attention that take c and s alone, w of c being the weights' read,
                take w + max(c - w, s) + alpha min(c - w, s) on two streams; by least squares of
-               relative errors, for each bound on attention's CTAs; the best bound's is kept
+               relative errors, for each bound on attention's CTAs and on what GEMMs are cut for;
+               that of the bounds with the least time is kept
 """
 
 import statistics
@@ -25,9 +26,9 @@ def fit(measured):
 
     measured: what survey() returns, and "model", the content of a config.json. The result keeps it,
     with what came of it: "weights" (bytes, and seconds of GEMMs of the fewest tokens), "bounds"
-    (alpha for each bound), "max_ctas" (the bound whose alpha is the model's), and in both checks,
-    which nothing is fitted to, "predicted" and "error" (of predicted, relative to what was
-    measured). The same times give the same model.
+    (alpha for each pair), "best" (the pair whose alpha is the model's), "picked" (alpha where each
+    load has its own best pair), and in both checks, which nothing is fitted to, "predicted" and
+    "error" (of predicted, relative to what was measured). The same times give the same model.
     """
     layers, all_layers = measured["layers"], Shape.from_dict(measured["model"]).num_layers
     few = _fit_rates(measured, layers)
@@ -49,9 +50,10 @@ def fit(measured):
             **measured,
             "weights": weights,
             "bounds": bounds,
-            "max_ctas": best["max_ctas"],
+            "best": best,
+            "picked": fit_picked(few, measured["beside"]),
             "step_checks": check_steps(few, measured["step_checks"]),
-            "beside_checks": check_beside(few, measured["beside_checks"], best["max_ctas"]),
+            "beside_checks": check_beside(few, measured["beside_checks"], best),
         },
     )
 
@@ -149,20 +151,31 @@ def fit_line(points):
 
 
 def fit_alphas(cost, cells):
-    """[{"max_ctas", "alpha", "share"}]: the loss of overlap with each bound on attention's CTAs,
+    """[{"max_ctas", "max_sms", "alpha", "share"}]: the loss of overlap with each pair of bounds,
     and the time of both at once over that of one after the other, on average. ArgumentError where
     nothing could be hidden."""
     bounds = {}
     for cell in cells:
-        bounds.setdefault(cell["max_ctas"], []).append(cell)
+        bounds.setdefault((cell["max_ctas"], cell["max_sms"]), []).append(cell)
     return [
-        {
-            "max_ctas": max_ctas,
-            "alpha": _fit_alpha(cost, own),
-            "share": statistics.mean(c["seconds"] / (c["gemms"] + c["reads"]) for c in own),
-        }
-        for max_ctas, own in bounds.items()
+        {"max_ctas": max_ctas, "max_sms": max_sms, **_summary(cost, own)}
+        for (max_ctas, max_sms), own in bounds.items()
     ]
+
+
+def fit_picked(cost, cells):
+    """The same, without bounds, of the fastest cell of each load: of an engine that picks them anew
+    for each step."""
+    loads = {}
+    for cell in cells:
+        load = tuple(cell[name] for name in ("tokens", "batch", "kv_len", "gemms", "reads"))
+        loads.setdefault(load, []).append(cell)
+    return _summary(cost, [min(own, key=lambda cell: cell["seconds"]) for own in loads.values()])
+
+
+def _summary(cost, cells):
+    share = statistics.mean(cell["seconds"] / (cell["gemms"] + cell["reads"]) for cell in cells)
+    return {"alpha": _fit_alpha(cost, cells), "share": share}
 
 
 def _fit_alpha(cost, cells):
@@ -199,11 +212,11 @@ def check_steps(cost, rows):
     ]
 
 
-def check_beside(cost, cells, max_ctas):
-    """The cells of one bound with what the model says of them."""
+def check_beside(cost, cells, bounds):
+    """The cells of one pair of bounds with what the model says of them."""
     checked = []
     for cell in cells:
-        if cell["max_ctas"] == max_ctas:
+        if all(cell[name] == bounds[name] for name in ("max_ctas", "max_sms")):
             longer, shorter = _sides(cost, cell)
             checked.append(_checked(cell, longer + cost.alpha * shorter))
     return checked

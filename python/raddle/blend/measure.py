@@ -5,6 +5,7 @@ throughout, of as many layers as "layers" says. fit.py turns it into a model.
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 from .. import __version__, _core
 from ..errors import ArgumentError, CapacityError
@@ -40,7 +41,7 @@ GPU = Grid(
     prefill=(Chunk(512), Chunk(2048), Chunk(8192), Chunk(512, 4096), Chunk(2048, 8192)),
     beside=tuple(
         (tokens, batch, kv_len, ratio)
-        for tokens in (256, 1024, 2048)
+        for tokens in (512, 2048)
         for batch, kv_len in ((64, 2048), (256, 1024))
         for ratio in (0.5, 1.0, 2.0)
     ),
@@ -218,9 +219,8 @@ def survey(rig, grid, say):
         seconds = rig.prefill_seconds(chunk)
         row = {"qo_len": chunk.count, "cached": chunk.cached, "scores": chunk.scores}
         found["prefill"].append({**row, "seconds": seconds})
-    workers = rig.num_ctas()
-    bounds = sorted({max(1, round(share * workers)) for share in grid.shares})
-    found["ctas"] = workers
+    found |= {"ctas": rig.num_ctas(), "sms": rig.num_sms()}
+    bounds = bounds_of(grid.shares, found["ctas"], found["sms"])
     for name in ("beside", "beside_checks"):
         found[name] = [
             cell
@@ -230,6 +230,16 @@ def survey(rig, grid, say):
     for name in ("steps", "step_checks"):
         found[name] = [_survey_step(rig, step, say) for step in getattr(grid, name)]
     return found
+
+
+def bounds_of(shares, num_ctas, num_sms):
+    """[(max_ctas, max_sms)]: bounds on decode attention; with each, GEMMs are cut for all
+    multiprocessors, 0, and for those that attention leaves."""
+    bounds = []
+    for max_ctas in sorted({max(1, round(share * num_ctas)) for share in shares}):
+        left = num_sms - ceil(max_ctas * num_sms / num_ctas)
+        bounds += [(max_ctas, 0), (max_ctas, left)] if left > 0 else [(max_ctas, 0)]
+    return bounds
 
 
 def _survey_beside(rig, grid, load, bounds, say):
@@ -247,13 +257,14 @@ def _survey_beside(rig, grid, load, bounds, say):
             "tokens": tokens,
             "batch": batch,
             "kv_len": kv_len,
-            "max_ctas": bound,
+            "max_ctas": max_ctas,
+            "max_sms": max_sms,
             "passes": counts[0],
             "gemms": counts[0] * gemms,
             "reads": counts[1] * reads,
-            "seconds": rig.beside_seconds(tokens, batch, kv_len, counts, bound),
+            "seconds": rig.beside_seconds(tokens, batch, kv_len, counts, max_ctas, max_sms),
         }
-        for bound in bounds
+        for max_ctas, max_sms in bounds
     ]
 
 

@@ -90,19 +90,24 @@ def _plot_gemms(panel, cost):
 
 
 def _plot_beside(panel, measured):
+    """A colour for each load; GEMMs cut for all multiprocessors dotted, for what is left drawn."""
     loads = {}
     for cell in measured["beside"]:
         ratio = cell["reads"] / cell["gemms"]
         load = f"{cell['tokens']} tokens, {cell['batch']} x {cell['kv_len']}, {ratio:.2g} as long"
         share = cell["seconds"] / (cell["gemms"] + cell["reads"])
-        loads.setdefault(load, []).append((cell["max_ctas"], share))
-    for load, points in loads.items():
-        panel.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=load)
+        lines = loads.setdefault(load, ([], []))
+        lines[cell["max_sms"] > 0].append((cell["max_ctas"], share))
+    for i, (load, lines) in enumerate(loads.items()):
+        for points, style, label in zip(lines, ("o:", "o-"), (load, None), strict=True):
+            if points:
+                look = {"color": f"C{i}", "markersize": 3, "linewidth": 1, "label": label}
+                panel.plot(*zip(*points, strict=True), style, **look)
     panel.axhline(1.0, color="black", linestyle=":", linewidth=1)
     panel.set_title("decode attention beside GEMMs", loc="left", fontsize=10)
     panel.set_xlabel(f"CTAs of decode attention, at most (of {measured['ctas']})")
     panel.set_ylabel("both at once, of their sum")
-    panel.legend(fontsize=6)
+    panel.legend(fontsize=6, title="GEMMs cut for: all SMs dotted, those left drawn")
 
 
 def _save(figure, path):

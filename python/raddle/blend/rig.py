@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from math import ceil
 
+from .. import _core
+
 PAGE_SIZE = 16
 SAMPLES = 5
 _PIECE_BYTES = 16 << 20  # of random numbers that fill a larger tensor
@@ -136,11 +138,12 @@ class Rig:
         """Seconds of all layers' attention of a Chunk."""
         return self._time(self._on(self._gemms, self._prefill(chunk)), self._gemms)
 
-    def beside_seconds(self, tokens, batch, kv_len, counts, max_ctas):
-        """Seconds of counts[0] passes through all layers on one stream and counts[1] times their
-        decode attention, by at most max_ctas CTAs, on another, begun at once."""
+    def beside_seconds(self, tokens, batch, kv_len, counts, max_ctas, max_sms):
+        """Seconds of counts[0] passes through all layers on one stream, their linear layers cut for
+        max_sms multiprocessors (0: all), and counts[1] times their decode attention by at most
+        max_ctas CTAs on another, begun at once."""
         reads = self._on(self._reads, self._decode(batch, kv_len, max_ctas))
-        gemms = self._on(self._gemms, self._pass(self._model, tokens))
+        gemms = self._on(self._gemms, self._pass(self._model, tokens, max_sms))
         sides = (
             (reads, self._reads.synchronize, counts[1]),
             (gemms, self._gemms.synchronize, counts[0]),
@@ -162,11 +165,17 @@ class Rig:
         """CTAs (CPU: threads) that decode attention has without a bound."""
         return int(self._plan_decode(1, PAGE_SIZE, 0).schedule().config["num_workers"])
 
+    def num_sms(self):
+        """Multiprocessors; 0 on the CPU, which has none to share out."""
+        if self.device == "cpu":
+            return 0
+        return _core.gpu_info(int(self.device.partition(":")[2]))["num_sms"]
+
     # -- pieces of work -------------------------------------------------------------------------
 
-    def _pass(self, model, tokens):
+    def _pass(self, model, tokens, max_sms=0):
         batch = _Pass(self._group, self.device, tokens, self.max_batch)
-        return lambda: model.forward(batch)
+        return lambda: model.forward(batch, max_sms=max_sms)
 
     def _decode(self, batch, kv_len, max_ctas):
         return self._attention(self._plan_decode(batch, kv_len, max_ctas), batch)
