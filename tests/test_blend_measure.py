@@ -90,7 +90,7 @@ def test_together_seconds_alternates_launches():
 
 
 def test_layers_that_are_timed():
-    assert measure.layers_to_measure(LLAMA_3_8B) == 4  # 436 MB each
+    assert measure.layers_to_measure(LLAMA_3_8B) == 6  # 436 MB each
     assert measure.layers_to_measure({**LLAMA_3_8B, "num_hidden_layers": 3}) == 3
     assert measure.layers_to_measure({**LLAMA_3_8B, "num_hidden_layers": 1}) == 2
     wide = {**LLAMA_3_8B, "intermediate_size": 1 << 18, "num_hidden_layers": 80}
@@ -143,12 +143,12 @@ class Ticks:
         return self.now
 
 
-def make_rig():
+def make_rig(device="cpu"):
     from raddle.engine.config import ModelConfig
 
     return rig.Rig(
-        ModelConfig.from_dict(SMALL),
-        device="cpu",
+        ModelConfig.from_dict({**SMALL, "dtype": "float32" if device == "cpu" else "bfloat16"}),
+        device=device,
         max_batch=8,
         max_tokens=40,
         max_context=100,
@@ -158,16 +158,17 @@ def make_rig():
     )
 
 
-def test_rig_runs_every_piece():
+def test_rig_runs_every_piece(device):
     """By a clock of its own: a tick for each sample, whatever the machine does."""
-    small_rig = make_rig()
+    small_rig = make_rig("cpu" if device == "cpu" else "cuda:0")
+    num_sms = small_rig.num_sms()
     assert small_rig.num_layers == 3 and small_rig.num_ctas() >= 1
-    assert small_rig.num_sms() == 0
+    assert (num_sms == 0) == (device == "cpu")
     assert small_rig.pass_seconds(1) == (1.0, 1.0)
     assert small_rig.pass_seconds(40) == (1.0, 1.0)  # more tokens than rows of logits
     assert small_rig.decode_seconds(8, 60) == 1.0
     assert small_rig.prefill_seconds(Chunk(40, 60)) == 1.0
-    assert small_rig.beside_seconds(5, 3, 50, (2, 3), 1, 0) == 1.0
+    assert small_rig.beside_seconds(30, 3, 50, (2, 3), 1, num_sms // 2) == 1.0
     assert small_rig.step_seconds(3, 30, []) == 1.0
     assert small_rig.step_seconds(0, 0, [Chunk(40)]) == 1.0
     assert small_rig.step_seconds(3, 30, [Chunk(20, 10), Chunk(9)]) == 1.0
@@ -226,6 +227,20 @@ def test_measure_on_the_cpu(tmp_path):
     assert CostModel.load(path) == cost and fit.fit(CostModel.load(path).measured) == cost
     half = CostModel.measure(SMALL, "cpu", "bfloat16", quick=True)
     assert half.kv_bytes_per_token == cost.kv_bytes_per_token / 2
+
+
+@pytest.mark.gpu
+def test_measure_on_a_gpu():
+    """What holds on any GPU: all was timed, and the checks have what the model says of them."""
+    cost = CostModel.measure(SMALL, "cuda", "bfloat16", quick=True)
+    found, grid = cost.measured, measure.GPU_QUICK
+    assert found["sms"] > 0 and found["machine"]["device"] != "cpu" and 0 <= cost.alpha <= 1
+    pairs = measure.bounds_of(grid.shares, found["ctas"], found["sms"])
+    assert len(found["beside"]) == len(pairs) * len(grid.beside)
+    assert len(found["beside_checks"]) == len(grid.beside_checks)
+    for row in (*found["steps"], *found["step_checks"], *found["beside_checks"]):
+        assert row["seconds"] > 0
+    assert all(row["predicted"] > 0 for row in (*found["step_checks"], *found["beside_checks"]))
 
 
 @pytest.mark.parametrize(
@@ -297,8 +312,7 @@ def test_streams_of_the_cpu():
     assert (stream.cuda_stream, stream.device, stream.synchronize()) == (0, "cpu", None)
     assert repr(stream) == "<raddle.Stream on cpu>"
     x = np.ones((2, 8), np.float32)
-    np.testing.assert_array_equal(ops.silu_and_mul(x, stream=stream),
-                                  ops.silu_and_mul(x))  # fmt: skip
+    np.testing.assert_array_equal(ops.silu_and_mul(x, stream=stream), ops.silu_and_mul(x))
     with pytest.raises(errors.DeviceError, match="device: expected"):
         raddle.Stream("tpu")
 
@@ -344,7 +358,7 @@ def test_report_says_what_was_measured():
     assert "prefill     400 TFLOP/s" in text and "K and V     4400 GB/s" in text
     assert (
         "alpha       0.400" in text
-        and "decode attention on 66 CTAs, GEMMs cut for 66 SMs, of 132 and 132" in text
+        and "at most 66 CTAs of 132, GEMMs cut for 66 SMs of 132" in text
     )
     assert f"{2 / 1.4:.3f} times as fast" in text
     lines = text.splitlines()

@@ -99,14 +99,16 @@ def _rates(cost):
         ("weights", f"{weights['bytes'] / weights['seconds'] / 1e9:.4g} GB/s"),
         ("overhead", f"{1e3 * cost.overhead:.4g} ms a step"),
         ("alpha", f"{cost.alpha:.3f}"),
-        ("with", f"{_bounds_text(measured['best'])}, of {measured['ctas']} and {measured['sms']}"),
+        ("with", _bounds_text(measured)),
     )
     return "\n".join(f"{name:12}{value}" for name, value in rows)
 
 
-def _bounds_text(bounds):
-    sms = f"for {bounds['max_sms']} SMs" if bounds["max_sms"] else "for all SMs"
-    return f"decode attention on {bounds['max_ctas']} CTAs, GEMMs cut {sms}"
+def _bounds_text(measured):
+    best = measured["best"]
+    reads = f"decode attention on at most {best['max_ctas']} CTAs of {measured['ctas']}"
+    sms = f", GEMMs cut for {best['max_sms']} SMs of {measured['sms']}" if best["max_sms"] else ""
+    return reads + sms
 
 
 def _gemm_rows(cost, num_layers):

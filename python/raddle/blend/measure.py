@@ -14,7 +14,9 @@ from .fit import fit
 from .rig import PAGE_SIZE, Chunk, Rig
 from .shape import DTYPE_BYTES, Shape, with_layers
 
-LEAST_BYTES = 1 << 30  # of the layers' weights: no cache holds them from one pass to the next
+# Of the layers' weights: no cache holds them from one pass to the next, and the logits, which more
+# layers share in a whole model, are little beside them.
+LEAST_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)

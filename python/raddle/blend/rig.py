@@ -5,8 +5,8 @@ paged cache with shuffled pages, its Runner; on a GPU as CUDA graphs. All layers
 alike: a pass through a few of them less a pass through one is what layers take, as the last layer,
 the embedding and the logits are in both.
 
-Times are those of a host clock around many launches, from an idle device to an idle device: a
-launch's own latency is a hair of `window` seconds.
+Times are those of a host clock around many launches, from an idle device to an idle device, so that
+the latency of the first is spread over all.
 """
 
 import statistics
