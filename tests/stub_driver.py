@@ -32,8 +32,8 @@ def fail_call(function, result):  # the next one answers result
 """
 
 
-def build_stubs(folder):
-    """The stub libraries in folder; skips without a compiler or a checkout."""
+def build_stubs(folder, blas=False):
+    """The stub libraries in folder, cublasLt with blas; skips without a compiler or a checkout."""
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("needs gcc: no C compiler on the PATH")
@@ -44,6 +44,7 @@ def build_stubs(folder):
     for library, source in (
         ("libcuda.so.1", "stub_cuda.c"),
         ("libnvrtc.so.13", "stub_nvrtc.c"),
+        *([("libcublasLt.so.13", "stub_cublaslt.c")] if blas else []),
     ):
         command = [compiler, *flags, ROOT / "tests" / "c" / source, "-o", folder / library]
         subprocess.run([str(word) for word in command], check=True)

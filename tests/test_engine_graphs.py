@@ -3,12 +3,9 @@
 Needs: gcc or clang for the stubs. No kernel runs, so tokens are chosen here.
 """
 
-import shutil
-import subprocess
-
 import pytest
 
-from tests.stub_driver import ROOT, build_stubs, check_script
+from tests.stub_driver import build_stubs, check_script
 
 SCRIPT = """
 import numpy as np
@@ -74,13 +71,7 @@ engine.logits(prompts[5])
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory):
-    folder = build_stubs(tmp_path_factory.mktemp("stubs"))
-    source = ROOT / "tests" / "c" / "stub_cublaslt.c"
-    flags = ["-std=c11", "-D_GNU_SOURCE", "-shared", "-fPIC", f"-I{ROOT}/tests/c"]
-    compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    command = [compiler, *flags, str(source), "-o", str(folder / "libcublasLt.so.13")]
-    subprocess.run(command, check=True)
-    return folder
+    return build_stubs(tmp_path_factory.mktemp("stubs"), blas=True)
 
 
 @pytest.mark.parametrize(

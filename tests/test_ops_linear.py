@@ -5,7 +5,7 @@ Needs: numpy; a GPU for device cuda; torch for the test that says so.
 
 import numpy as np
 import pytest
-from raddle import ops
+from raddle import errors, ops
 
 from tests.ops_cases import DTYPES, assert_rounded, draw, from_bits, get, put, to_bits
 
@@ -46,6 +46,23 @@ def test_linear_copies_a_host_weight_of_any_strides(rng):
     weight[:] = np.nan
     x = np.eye(22, dtype=np.float32)
     np.testing.assert_array_equal(layer(x), want.T)
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 300])
+def test_linear_on_some_multiprocessors(device, rng, n):
+    """A bound changes who computes, not what; the CPU has none to bound."""
+    weight, weight_value = draw(rng, (700, 512), "bfloat16", device, 512**-0.5)
+    x, value = draw(rng, (n, 512), "bfloat16", device)
+    layer = ops.Linear(weight, dtype="bfloat16")
+    with pytest.raises(errors.ArgumentError, match=r"max_sms: expected 0 \(all\) or more .* -1"):
+        layer(x, max_sms=-1)
+    if device == "cpu":
+        with pytest.raises(errors.UnsupportedError, match="max_sms: expected 0 on the CPU.* 5"):
+            layer(x, max_sms=5)
+        return
+    for max_sms in (1, 40, 10_000):
+        got = get(layer(x, max_sms=max_sms), "bfloat16")
+        assert_rounded(got, value @ weight_value.T, "bfloat16", slack=1e-6)
 
 
 def test_linear_of_strided_rows(device, rng):

@@ -120,8 +120,10 @@ enum { RADDLE_BLEND_MAX_RATES = 16 };
 typedef struct raddle_blend_cost {
     double flops_per_token; /* of the GEMMs: two per active parameter */
     double flops_per_score; /* of prefill attention, per query and key: 4 x heads x dim x layers */
-    double kv_bytes_per_token;   /* of all layers */
-    double weight_bytes;         /* that a step reads */
+    double kv_bytes_per_token; /* of all layers */
+    double weight_bytes;       /* that a step reads */
+    bool weights_in_gemms;     /* gemm_rate was timed: it has the weights' read in it, which is not
+                                    charged a second time. Needs two rates or more */
     double attention_flops_rate; /* per second */
     double read_rate;            /* bytes per second */
     double overhead;             /* seconds of a step besides */

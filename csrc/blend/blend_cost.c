@@ -3,6 +3,11 @@
  * A step computes (GEMMs over its tokens, prefill attention over its scores) and reads (the weights,
  * K and V of what decodes). What of the shorter one does not hide behind the longer one is alpha.
  * Rates of GEMMs depend on how many tokens a step has: few tokens leave the GPU idle.
+ *
+ * Where GEMMs were timed on the machine, their times have the reading of the weights in them: with
+ * w for that (no more than the least tokens take), c for computing as timed and s for K and V, a
+ * step takes w + max(c - w, s) + alpha min(c - w, s), which is
+ * max(c, w + s) + alpha (min(c, w + s) - w). Both forms are convex in a step's work.
  */
 #include "blend/blend.h"
 
@@ -45,6 +50,9 @@ raddle_status raddle_blend_cost_check(const raddle_blend_cost *cost) {
     RADDLE_REQUIRE(cost->num_rates >= 1 && cost->num_rates <= RADDLE_BLEND_MAX_RATES,
                    RADDLE_ERR_VALUE, "cost model: gemm_rate: expected 1 to %d rates, got %d",
                    RADDLE_BLEND_MAX_RATES, (int)cost->num_rates);
+    RADDLE_REQUIRE(!cost->weights_in_gemms || cost->num_rates >= 2, RADDLE_ERR_VALUE,
+                   "cost model: weights_in_gemms: expected gemm_rate at 2 numbers of tokens or "
+                   "more, got 1; a single rate does not say what the weights' read takes");
     for (int32_t i = 0; i < cost->num_rates; i++) {
         RADDLE_TRY(check_positive(cost->gemm_rate[i], "gemm_rate"));
         RADDLE_TRY(check_positive(cost->rate_tokens[i], "rate_tokens"));
@@ -89,21 +97,28 @@ static double gemm_seconds(const raddle_blend_cost *cost, double tokens) {
     return seconds_at(cost, i) + (tokens - cost->rate_tokens[i]) * slope;
 }
 
+static double weight_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step) {
+    const double read = cost->weight_bytes / cost->read_rate;
+    if (step->tokens <= 0 && step->reads <= 0) {
+        return 0;
+    }
+    return cost->weights_in_gemms ? fmin(read, seconds_at(cost, 0)) : read;
+}
+
 double raddle_blend_compute_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step) {
     return gemm_seconds(cost, step->tokens) +
            step->scores * cost->flops_per_score / cost->attention_flops_rate;
 }
 
 double raddle_blend_read_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step) {
-    const bool is_idle = step->tokens <= 0 && step->reads <= 0;
-    const double weights = is_idle ? 0 : cost->weight_bytes;
-    return (step->reads * cost->kv_bytes_per_token + weights) / cost->read_rate;
+    return step->reads * cost->kv_bytes_per_token / cost->read_rate + weight_seconds(cost, step);
 }
 
 double raddle_blend_step_seconds(const raddle_blend_cost *cost, const raddle_blend_work *step) {
     const double compute = raddle_blend_compute_seconds(cost, step);
     const double read = raddle_blend_read_seconds(cost, step);
-    return fmax(compute, read) + cost->alpha * fmin(compute, read) + cost->overhead;
+    const double in_both = cost->weights_in_gemms ? weight_seconds(cost, step) : 0;
+    return fmax(compute, read) + cost->alpha * (fmin(compute, read) - in_both) + cost->overhead;
 }
 
 raddle_blend_work raddle_blend_request_work(int64_t prompt, int64_t cached, int64_t output) {

@@ -77,6 +77,7 @@ enum {
     MATMUL_TRANSPOSE_A = 3,
     MATMUL_EPILOGUE = 7,
     MATMUL_BIAS_POINTER = 8,
+    MATMUL_SM_COUNT_TARGET = 15,
     EPILOGUE_BIAS = 4,
     PREFERENCE_WORKSPACE_BYTES = 1,
     PREFERENCE_ALIGNMENT_A = 5, /* then B, C, D */
@@ -87,10 +88,11 @@ enum { MAX_CHOICES = 1024, TABLE_SIZE = 2048, MAX_ALIGNMENT = 256 };
 /* What a choice depends on. No padding. */
 typedef struct choice_key {
     int64_t m, n, k, x_stride, w_stride, y_stride;
-    int32_t dtype, y_dtype, has_bias;
+    int32_t dtype, y_dtype, has_bias, max_sms;
     uint32_t alignments[3]; /* bytes, of w, x, y */
+    int32_t reserved;
 } choice_key;
-_Static_assert(sizeof(choice_key) == 72, "hashed as bytes");
+_Static_assert(sizeof(choice_key) == 80, "hashed as bytes");
 
 typedef struct gemm_choice {
     choice_key key;
@@ -216,6 +218,7 @@ static choice_key make_key(const raddle_blas_gemm_args *args) {
         .dtype = (int32_t)args->dtype,
         .y_dtype = (int32_t)args->y_dtype,
         .has_bias = args->bias != NULL,
+        .max_sms = args->max_sms,
         .alignments = {alignment_of(args->w, args->w_stride, args->dtype),
                        alignment_of(args->x, args->x_stride, args->dtype),
                        alignment_of(args->y, args->y_stride, args->y_dtype)},
@@ -249,6 +252,11 @@ static raddle_status describe_gemm(const choice_key *key, gemm_choice *choice) {
         RADDLE_TRY(
             check_lt(lt.matmul_set(choice->matmul, MATMUL_EPILOGUE, &epilogue, sizeof epilogue),
                      "describing a product"));
+    }
+    if (key->max_sms > 0) {
+        RADDLE_TRY(check_lt(lt.matmul_set(choice->matmul, MATMUL_SM_COUNT_TARGET, &key->max_sms,
+                                          sizeof key->max_sms),
+                            "describing a product"));
     }
     const uint64_t m = (uint64_t)key->m, n = (uint64_t)key->n, k = (uint64_t)key->k;
     RADDLE_TRY(

@@ -19,6 +19,7 @@ typedef struct raddle_blas_gemm_args {
     int64_t x_stride, w_stride, y_stride;
     raddle_dtype dtype;   /* of x and w: float32, float16, bfloat16 */
     raddle_dtype y_dtype; /* dtype, or float32 */
+    int32_t max_sms;      /* that cublasLt is to choose a kernel for; 0: all */
 } raddle_blas_gemm_args;
 
 typedef struct raddle_blas_info {

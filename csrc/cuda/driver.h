@@ -88,6 +88,8 @@ typedef struct raddle_cu_launch_config {
     X(memset_d8_async, "cuMemsetD8Async",                                                          \
       (CUdeviceptr dst, unsigned char value, size_t bytes, CUstream stream))                       \
     X(stream_create, "cuStreamCreate", (CUstream * stream, unsigned flags))                        \
+    X(stream_create_with_priority, "cuStreamCreateWithPriority",                                   \
+      (CUstream * stream, unsigned flags, int priority))                                           \
     X(stream_destroy, "cuStreamDestroy_v2", (CUstream stream))                                     \
     X(stream_synchronize, "cuStreamSynchronize", (CUstream stream))                                \
     X(stream_wait_event, "cuStreamWaitEvent", (CUstream stream, CUevent event, unsigned flags))    \

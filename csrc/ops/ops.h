@@ -91,9 +91,11 @@ raddle_status raddle_ops_linear_create(const raddle_tensor *weight, const raddle
                                        raddle_device device, raddle_stream stream,
                                        raddle_ops_linear **out_linear);
 void raddle_ops_linear_destroy(raddle_ops_linear *linear);
-/* x [.., in_features] -> out [.., out_features], out of x's dtype or float32. */
+/* x [.., in_features] -> out [.., out_features], out of x's dtype or float32. max_sms (CUDA): the
+ * multiprocessors that the kernel is chosen and cut for, where others are busy; 0: all. */
 raddle_status raddle_ops_linear_run(const raddle_ops_linear *linear, const raddle_tensor *x,
-                                    const raddle_tensor *out, raddle_stream stream);
+                                    const raddle_tensor *out, int32_t max_sms,
+                                    raddle_stream stream);
 
 /* ---------------------------------------------------------------- sampling */
 

@@ -14,6 +14,7 @@ typedef struct raddle_ops_linear_args {
     int64_t x_stride_row, out_stride_row;
     int64_t rows;
     raddle_dtype x_dtype, out_dtype;
+    int32_t max_sms; /* CUDA; 0: all */
 } raddle_ops_linear_args;
 
 struct raddle_ops_linear {

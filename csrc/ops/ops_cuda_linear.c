@@ -171,7 +171,9 @@ static raddle_status run_direct(const raddle_cuda_device *device, const raddle_o
     const raddle_ops_config config = direct_config(linear, args->out_dtype);
     const int64_t tiles =
         (linear->out_features + RADDLE_OPS_LINEAR_OUTPUTS - 1) / RADDLE_OPS_LINEAR_OUTPUTS;
-    const int64_t ctas = RADDLE_OPS_LINEAR_CTAS_PER_SM * (int64_t)device->num_sms;
+    const bool is_bounded = args->max_sms > 0 && args->max_sms < device->num_sms;
+    const int64_t sms = is_bounded ? args->max_sms : device->num_sms;
+    const int64_t ctas = RADDLE_OPS_LINEAR_CTAS_PER_SM * sms;
     return raddle_ops_cuda_launch(device->index, &config, tiles < ctas ? tiles : ctas, 1,
                                   32 * RADDLE_OPS_LINEAR_WARPS, &params, stream);
 }
@@ -225,6 +227,7 @@ raddle_status raddle_ops_cuda_linear_run(const raddle_ops_linear *linear,
         .y_stride = args->out_stride_row,
         .dtype = linear->dtype,
         .y_dtype = args->out_dtype,
+        .max_sms = args->max_sms < device->num_sms ? args->max_sms : 0,
     };
     return raddle_blas_gemm(device, &gemm, stream);
 }

@@ -64,8 +64,14 @@ void raddle_ops_linear_destroy(raddle_ops_linear *linear) {
 }
 
 raddle_status raddle_ops_linear_run(const raddle_ops_linear *linear, const raddle_tensor *x,
-                                    const raddle_tensor *out, raddle_stream stream) {
+                                    const raddle_tensor *out, int32_t max_sms,
+                                    raddle_stream stream) {
     RADDLE_TRY(raddle_ops_check_input(x, NULL));
+    RADDLE_REQUIRE(max_sms >= 0, RADDLE_ERR_VALUE,
+                   "max_sms: expected 0 (all) or more multiprocessors, got %d", (int)max_sms);
+    RADDLE_REQUIRE(max_sms == 0 || linear->device.type == RADDLE_CUDA, RADDLE_ERR_UNSUPPORTED,
+                   "max_sms: expected 0 on the CPU, which has no multiprocessors, got %d",
+                   (int)max_sms);
     RADDLE_TRY(raddle_tensor_check_device(x, linear->device));
     RADDLE_TRY(raddle_tensor_check_dtype(x, linear->dtype));
     const int last = x->ndim - 1;
@@ -99,6 +105,7 @@ raddle_status raddle_ops_linear_run(const raddle_ops_linear *linear, const raddl
         .rows = rows.rows,
         .x_dtype = x->dtype,
         .out_dtype = out->dtype,
+        .max_sms = max_sms,
     };
     return linear->backend->linear_run(linear, &args, stream);
 }

@@ -12,9 +12,9 @@ static int exec_module(PyObject *module) {
     }
     if (raddle_py_add_tensor(module) < 0 || raddle_py_add_attention(module) < 0 ||
         raddle_py_add_ops(module) < 0 || raddle_py_add_runtime(module) < 0 ||
-        raddle_py_add_transfer(module) < 0 || raddle_py_add_system(module) < 0 ||
-        raddle_py_add_measure(module) < 0 || raddle_py_add_capi(module) < 0 ||
-        raddle_py_add_blend(module) < 0) {
+        raddle_py_add_transfer(module) < 0 || raddle_py_add_stream(module) < 0 ||
+        raddle_py_add_system(module) < 0 || raddle_py_add_measure(module) < 0 ||
+        raddle_py_add_capi(module) < 0 || raddle_py_add_blend(module) < 0) {
         return -1;
     }
     return 0;

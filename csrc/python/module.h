@@ -24,6 +24,7 @@ int raddle_py_add_attention(PyObject *module); /* plans, merge_state, append */
 int raddle_py_add_ops(PyObject *module);       /* what stands around attention, sampling */
 int raddle_py_add_runtime(PyObject *module);   /* Workspace, Graph */
 int raddle_py_add_transfer(PyObject *module);  /* Upload, Readback */
+int raddle_py_add_stream(PyObject *module);    /* Stream */
 int raddle_py_add_system(PyObject *module);    /* doctor's facts, cache, warmup, counters */
 int raddle_py_add_measure(PyObject *module);   /* what the benchmarks measure by */
 int raddle_py_add_capi(PyObject *module);      /* the function table for other extensions */

@@ -378,8 +378,37 @@ static PyObject *check_cost(PyObject *module, PyObject *object) {
     return raddle_py_blend_parse_cost(object, &cost) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
+PyDoc_STRVAR(step_seconds_doc,
+             "blend_step_seconds(cost, tokens, scores, reads, /)\n--\n\n"
+             "(seconds of a step, of its computing alone, of its reading alone).");
+
+static PyObject *step_seconds(PyObject *module, PyObject *const *objects, Py_ssize_t count) {
+    static const char *const names[] = {"tokens", "scores", "reads"};
+    double work[3];
+    raddle_blend_cost cost;
+    (void)module;
+    if (raddle_py_check_count("blend_step_seconds", count, 4) < 0 ||
+        raddle_py_blend_parse_cost(objects[0], &cost) < 0) {
+        return NULL;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (raddle_py_ops_parse_double(objects[i + 1], names[i], &work[i]) < 0) {
+            return NULL;
+        }
+        if (!(work[i] >= 0)) {
+            return raddle_raise(
+                raddle_fail(RADDLE_ERR_VALUE, "%s: expected 0 or more, got %g", names[i], work[i]));
+        }
+    }
+    const raddle_blend_work step = {.tokens = work[0], .scores = work[1], .reads = work[2]};
+    return Py_BuildValue("(ddd)", raddle_blend_step_seconds(&cost, &step),
+                         raddle_blend_compute_seconds(&cost, &step),
+                         raddle_blend_read_seconds(&cost, &step));
+}
+
 static PyMethodDef functions[] = {
     {"blend_check_cost", check_cost, METH_O, check_cost_doc},
+    {"blend_step_seconds", RADDLE_FASTCALL(step_seconds), METH_FASTCALL, step_seconds_doc},
     {"blend_policy_names", policy_names, METH_NOARGS,
      "blend_policy_names()\n--\n\nThe orders that there are."},
     {NULL, NULL, 0, NULL},

@@ -99,6 +99,17 @@ int raddle_py_blend_parse_cost(PyObject *dict, raddle_blend_cost *cost) {
             return -1;
         }
     }
+    PyObject *is_in = cost_item(dict, "weights_in_gemms");
+    if (is_in == NULL) {
+        return -1;
+    }
+    if (!PyBool_Check(is_in)) {
+        return raise_if(raddle_fail(RADDLE_ERR_DTYPE,
+                                    "cost model: weights_in_gemms: expected True or False, got "
+                                    "%.100s",
+                                    Py_TYPE(is_in)->tp_name));
+    }
+    cost->weights_in_gemms = is_in == Py_True;
     const int rates = parse_rates(dict, "gemm_rate", cost->gemm_rate);
     const int tokens = rates < 0 ? -1 : parse_rates(dict, "rate_tokens", cost->rate_tokens);
     if (tokens < 0) {

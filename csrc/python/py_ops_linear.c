@@ -82,7 +82,8 @@ static void linear_dealloc(linear_object *self) {
     Py_DECREF(type);
 }
 
-PyDoc_STRVAR(run_doc, "run(x, out, stream, /)\n--\n\nx [.., in_features] -> [.., out_features].");
+PyDoc_STRVAR(run_doc,
+             "run(x, out, stream, max_sms, /)\n--\n\nx [.., in_features] -> [.., out_features].");
 
 static PyObject *linear_run(linear_object *self, PyObject *const *objects, Py_ssize_t count) {
     static const char *const names[] = {"x"};
@@ -91,7 +92,12 @@ static PyObject *linear_run(linear_object *self, PyObject *const *objects, Py_ss
     raddle_tensor_arg args[NUM] = {0};
     raddle_stream stream;
     PyObject *result = NULL;
-    if (raddle_py_ops_check_count("run", count, 3) < 0 ||
+    if (raddle_py_ops_check_count("run", count, 4) < 0) {
+        return NULL;
+    }
+    const long given = PyLong_AsLong(objects[3]);
+    const int32_t max_sms = (int32_t)(given > INT32_MAX ? INT32_MAX : given < -1 ? -1 : given);
+    if ((given == -1 && PyErr_Occurred()) ||
         raddle_py_ops_open(objects, names, access, 1, self->dtype, args) < 0) {
         return NULL;
     }
@@ -109,7 +115,8 @@ static PyObject *linear_run(linear_object *self, PyObject *const *objects, Py_ss
         goto out;
     }
     PyThreadState *state = raddle_py_ops_begin_work(x->device, elements);
-    const raddle_status status = raddle_ops_linear_run(self->linear, x, args[OUT].view, stream);
+    const raddle_status status =
+        raddle_ops_linear_run(self->linear, x, args[OUT].view, max_sms, stream);
     raddle_py_ops_end_work(state);
     result = status == RADDLE_OK ? Py_NewRef(out) : raddle_raise(status);
 out:

@@ -20,6 +20,7 @@ _LAZY = {
     "ops": None,
     "graph": None,
     "Graph": "graph",
+    "Stream": "_core",
     "Workspace": "_core",
 }
 
@@ -28,6 +29,7 @@ __all__ = [
     "BatchPrefill",
     "BatchRaggedPrefill",
     "Graph",
+    "Stream",
     "Tensor",
     "Variant",
     "Workspace",

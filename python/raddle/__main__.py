@@ -11,6 +11,7 @@ COMMANDS = {
     "batch": ("raddle.engine.cli_batch", "answer a file of OpenAI batch requests"),
     "generate": ("raddle.engine.cli_generate", "answer one prompt"),
     "schedule": ("raddle.blend.cli_schedule", "what orders of a file of requests would take"),
+    "calibrate": ("raddle.blend.cli_calibrate", "time a model on a device, for schedule"),
     "doctor": ("raddle.doctor", "say what works on this machine, and the cure for what does not"),
     "warmup": ("raddle.warmup", "compile kernels ahead of time"),
     "cache": ("raddle.cache", "look at or clear the kernel cache"),

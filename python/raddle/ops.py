@@ -147,9 +147,13 @@ class Linear:
     def __init__(self, weight, bias=None, *, device=None, dtype=None, stream=None):
         self._linear = _core.Linear(weight, bias, device, dtype, stream)
 
-    def __call__(self, x, *, out=None, stream=None):
-        """x of the weight's dtype; the result has that of out (x's, or float32), else x's."""
-        return self._linear.run(x, out, stream)
+    def __call__(self, x, *, out=None, stream=None, max_sms=0):
+        """x of the weight's dtype; the result has that of out (x's, or float32), else x's.
+
+        max_sms (CUDA): multiprocessors that the kernel is chosen and cut for, where work on another
+        stream keeps the rest; 0: all. Any other number on the CPU is an UnsupportedError.
+        """
+        return self._linear.run(x, out, stream, max_sms)
 
     @property
     def in_features(self):

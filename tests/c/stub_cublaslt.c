@@ -13,12 +13,13 @@ enum {
     ATTRIBUTE_TRANSPOSE_A = 3,
     ATTRIBUTE_EPILOGUE = 7,
     ATTRIBUTE_BIAS = 8,
+    ATTRIBUTE_SM_COUNT_TARGET = 15,
     PREFERENCE_WORKSPACE = 1,
     PREFERENCE_ALIGNMENT_A = 5,
 };
 
 typedef struct matmul_desc {
-    int compute_type, transpose_a, epilogue;
+    int compute_type, transpose_a, epilogue, num_sms;
     const float *bias;
 } matmul_desc;
 
@@ -92,6 +93,8 @@ EXPORT int cublasLtMatmulDescSetAttribute(matmul_desc *self, int attribute, cons
         memcpy(&self->epilogue, value, bytes);
     } else if (attribute == ATTRIBUTE_BIAS && bytes == sizeof self->bias) {
         memcpy(&self->bias, value, bytes);
+    } else if (attribute == ATTRIBUTE_SM_COUNT_TARGET && bytes == 4) {
+        memcpy(&self->num_sms, value, bytes);
     } else {
         return INVALID_VALUE;
     }
@@ -182,6 +185,7 @@ EXPORT int cublasLtMatmul(int *handle, const matmul_desc *matmul, const float *a
     state.num_products++;
     state.stream = stream;
     state.workspace = workspace;
+    state.num_sms = matmul->num_sms;
     memset(workspace, 0, workspace_bytes < 4096 ? workspace_bytes : 4096);
     if (a_layout->type != TYPE_32F || d_layout->type != TYPE_32F) {
         return 0; /* only counted */

@@ -490,6 +490,11 @@ EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
     return SUCCESS;
 }
 
+EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority) {
+    (void)priority;
+    return cuStreamCreate(stream, flags);
+}
+
 EXPORT CUresult cuStreamDestroy_v2(CUstream stream) {
     ENTER();
     clear(&stream->captured);

@@ -151,6 +151,17 @@ static void test_choices_are_kept(void) {
     CHECK_OK(raddle_blas_gemm(device, &args, NULL));
     CHECK_INT(lt->num_heuristics, before + 3);
 
+    for (int i = 0; i < 2; i++) {
+        args.max_sms = 100;
+        CHECK_OK(raddle_blas_gemm(device, &args, NULL));
+        CHECK_INT(lt->num_heuristics, before + 4);
+        CHECK_INT(lt->num_sms, 100);
+        args.max_sms = 0; /* the choice for all of them is still there */
+        CHECK_OK(raddle_blas_gemm(device, &args, NULL));
+        CHECK_INT(lt->num_heuristics, before + 4);
+        CHECK_INT(lt->num_sms, 0);
+    }
+
     for (int m = 1; m <= 2500; m++) { /* more shapes than are kept */
         args = make_args(m, memory);
         CHECK_OK(raddle_blas_gemm(device, &args, NULL));

@@ -90,6 +90,40 @@ static void test_rates_by_tokens(void) {
     CHECK_FAILS(raddle_blend_cost_check(&cost), RADDLE_ERR_VALUE, "convex hull");
 }
 
+/* GEMMs that were timed have the weights' read in them. One after the other is then what each takes
+ * alone, and a step without K and V what its GEMMs take, whatever is hidden. */
+static void test_weights_in_gemms(void) {
+    raddle_blend_cost cost = a100(1);
+    cost.weights_in_gemms = true;
+    cost.overhead = 1e-3;
+    CHECK_FAILS(raddle_blend_cost_check(&cost), RADDLE_ERR_VALUE, "weights_in_gemms");
+    const double weights = 16.06e9 / 2.039e12, least = 8.5e-3, most = 110e-3;
+    cost.num_rates = 2;
+    cost.rate_tokens[1] = 2048;
+    cost.gemm_rate[0] = cost.flops_per_token / least;
+    cost.gemm_rate[1] = 2048 * cost.flops_per_token / most;
+    CHECK_OK(raddle_blend_cost_check(&cost));
+    const raddle_blend_work one = {.tokens = 1, .reads = 100000}, many = {.tokens = 2048},
+                            both = {.tokens = 2048, .scores = 1e6, .reads = 300000};
+    const double s_one = 100000.0 * 131072 / 2.039e12, s_both = 3 * s_one;
+    const double scores = 1e6 * 4 * 4096 * 32 / 312e12;
+    for (int i = 0; i <= 10; i++) {
+        cost.alpha = i / 10.0;
+        CHECK(is_near(raddle_blend_step_seconds(&cost, &one),
+                      weights + s_one + cost.alpha * (least - weights) + 1e-3));
+        CHECK(is_near(raddle_blend_step_seconds(&cost, &many), most + 1e-3));
+        CHECK(is_near(raddle_blend_step_seconds(&cost, &both),
+                      most + scores + cost.alpha * s_both + 1e-3));
+    }
+    CHECK(is_near(raddle_blend_read_seconds(&cost, &one), weights + s_one));
+    cost.weight_bytes *= 2; /* more than the GEMMs of one token take: all of these is reading */
+    CHECK(is_near(raddle_blend_read_seconds(&cost, &one), least + s_one));
+    CHECK(is_near(raddle_blend_step_seconds(&cost, &one), least + s_one + 1e-3));
+    CHECK(raddle_blend_step_seconds(&cost, &(raddle_blend_work){0}) == 1e-3);
+    cost.weights_in_gemms = false; /* from rates: they are read beside all computing */
+    CHECK(is_near(raddle_blend_step_seconds(&cost, &many), most + 2 * weights + 1e-3));
+}
+
 static void test_bad_models(void) {
     raddle_blend_cost cost = a100(1.5);
     CHECK_FAILS(raddle_blend_cost_check(&cost), RADDLE_ERR_VALUE, "alpha");
@@ -111,6 +145,7 @@ static void test_no_schedule_beats_the_bound(void) {
         raddle_blend_cost cost = a100(random_unit());
         cost.overhead = round % 3 == 0 ? 1e-3 * random_unit() : 0;
         if (round % 2 == 0) {
+            cost.weights_in_gemms = round % 5 < 2;
             cost.num_rates = 2;
             cost.rate_tokens[0] = 256;
             cost.gemm_rate[0] = 150e12;
@@ -146,6 +181,7 @@ static void test_no_schedule_beats_the_bound(void) {
 int main(void) {
     test_known_answers();
     test_rates_by_tokens();
+    test_weights_in_gemms();
     test_bad_models();
     test_no_schedule_beats_the_bound();
     return check_report();

@@ -8,12 +8,13 @@ import json
 import sys
 
 from ..errors import ArgumentError, RaddleError, RaddleIOError
-from .cost import LLAMA_3_8B, CostModel
+from .cost import LLAMA_3_8B, CostModel, is_saved
 from .files import kind_of
 from .partition import partition
-from .plot import need_matplotlib, plot, seconds_text
+from .plot import need_matplotlib, plot
 from .requests import Requests
 from .run import compare, order, policy_names
+from .text import seconds_text, table_text
 
 BLOCK_SIZES = {"trace": 512, "openai": 16}
 SAMPLE_RATE = 0.01
@@ -36,7 +37,12 @@ def add_arguments(parser):
     add("file", metavar="FILE", help="a trace or OpenAI batch requests, one JSON object a line")
     add("--block-size", type=int, help="tokens of a block (default: trace 512, OpenAI 16)")
     add("--config", metavar="FILE", help="config.json of the model (default: Llama-3-8B's shape)")
-    add("--hardware", default="a100", help="a100 (default), h100, or a JSON file of rates")
+    add(
+        "--hardware",
+        default="a100",
+        metavar="NAME",
+        help="a100 (default), h100, a file of `raddle calibrate`, or a JSON file of rates",
+    )
     add("--policies", metavar="LIST", help=f"of {','.join(policy_names())} (default: all)")
     add(
         "--lengths", choices=("known", "sample"), default="known", help="of outputs, to the planner"
@@ -69,7 +75,7 @@ def _run(args):
         raise ArgumentError("--sample-rate: needs --lengths sample")
     if args.plot is not None:
         need_matplotlib()
-    cost = CostModel.from_config(args.config or LLAMA_3_8B, args.hardware)
+    cost, model = _cost(args)
     pool_tokens = _pool_tokens(cost, args.memory_bytes)
     kind = kind_of(args.file)
     requests = _read(args, kind)
@@ -85,7 +91,7 @@ def _run(args):
         r.policy: r for r in compare(requests, cost, dict.fromkeys(["dfs", *names]), **options)
     }
     results = [found[name] for name in names]
-    print(_describe(args, kind, requests, options, found["dfs"].bound_seconds))
+    print(_describe(args, model, kind, requests, options, found["dfs"].bound_seconds))
     print(_table(results, found["dfs"].seconds))
     shares = _deal(args, requests, cost, options)
     if args.json is not None:
@@ -99,6 +105,14 @@ def _run(args):
         print(f"order of {best}: {args.order}")
     if args.plot is not None:
         plot(results, pool_tokens, args.plot)
+
+
+def _cost(args):
+    """(cost model, what the model is called). A file of `calibrate` brings its own model."""
+    if args.config is None and is_saved(args.hardware):
+        return CostModel.load(args.hardware), "the model"
+    config = args.config or LLAMA_3_8B
+    return CostModel.from_config(config, args.hardware), args.config or "Llama-3-8B"
 
 
 def _deal(args, requests, cost, options):
@@ -154,7 +168,7 @@ def _read(args, kind):
     return Requests.from_openai(args.file, folder, block_size=block_size, context=context)
 
 
-def _describe(args, kind, requests, options, bound):
+def _describe(args, model, kind, requests, options, bound):
     outputs = "max_tokens, taken as output lengths" if kind == "openai" else "the trace's"
     shared = requests.shared_tokens / requests.prompt_tokens
     tree = f"the tree took {1e3 * requests.tree_seconds:.1f} ms"
@@ -163,7 +177,7 @@ def _describe(args, kind, requests, options, bound):
         f"{requests.num_requests} requests, {requests.prompt_tokens} input tokens ({shared:.1%} "
         f"shared), {int(requests.output_lengths.sum())} output tokens ({outputs}; to the planner: "
         f"{known})\n"
-        f"simulated: {args.config or 'Llama-3-8B'} on {args.hardware}, "
+        f"simulated: {model} on {args.hardware}, "
         f"{options['pool_tokens']} tokens of K and V, {options['step_tokens']} tokens a step; "
         f"no order takes less than {seconds_text(bound)}; {tree}"
     )
@@ -176,14 +190,7 @@ def _table(results, dfs_seconds):
         rows.append(
             [form.format(result, ratio, 1e3 * result.planning_s, takes) for _, form in COLUMNS]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return table_text(rows)
 
 
 def _report(args, kind, requests, cost, options, results, found):

@@ -1,13 +1,9 @@
-"""A picture of runs: what they compute, read, share and hold, over time."""
+"""Pictures: of runs, what they compute, read, share and hold over time; of what was measured."""
 
 from ..errors import RaddleIOError, UnsupportedError
+from .text import seconds_text
 
 MOST_STAIRS = 64  # of a line: what changes faster hides the other lines
-
-
-def seconds_text(seconds):
-    """Four digits, and no powers of ten for hours."""
-    return f"{seconds:.0f} s" if seconds >= 1000 else f"{seconds:.4g} s"
 
 
 def need_matplotlib():
@@ -55,6 +51,66 @@ def plot(results, pool_tokens, path):
         lines, labels = panels[0].get_legend_handles_labels()
         title = f"no order takes less than {seconds_text(results[0].bound_seconds)} (dotted)"
         figure.legend(lines, labels, title=title, loc="outside upper center", ncols=4)
+    _save(figure, path)
+
+
+def plot_measured(cost, path):
+    """Write a PNG of a measured CostModel: GEMM time against tokens, as timed and as the model has
+    it; and for each load of the overlap grid, what both at once took of their sum against the bound
+    on attention's CTAs. Raises UnsupportedError without matplotlib, RaddleIOError."""
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    gemms, beside = figure.subplots(1, 2)
+    _plot_gemms(gemms, cost)
+    _plot_beside(beside, cost.measured)
+    for panel in (gemms, beside):
+        panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _plot_gemms(panel, cost):
+    from .fit import scaled_gemms
+
+    points = scaled_gemms(cost.measured, cost.measured["model"]["num_hidden_layers"])
+    tokens = [point[0] for point in points]
+    panel.loglog(tokens, [1e3 * point[1] for point in points], "o", label="as timed")
+    model = [1e3 * cost.compute_seconds(n) for n in tokens]
+    panel.loglog(tokens, model, label="the model's: lower convex hull")
+    panel.axhline(
+        1e3 * cost.read_seconds(0), color="black", linestyle=":", linewidth=1, label="weights' read"
+    )
+    panel.set_title("GEMMs of a step", loc="left", fontsize=10)
+    panel.set_xlabel("tokens")
+    panel.set_ylabel("ms")
+    panel.legend(fontsize=8)
+
+
+def _plot_beside(panel, measured):
+    """A colour for each load; GEMMs cut for all multiprocessors dotted, for what is left drawn."""
+    loads = {}
+    for cell in measured["beside"]:
+        ratio = cell["reads"] / cell["gemms"]
+        load = f"{cell['tokens']} tokens, {cell['batch']} x {cell['kv_len']}, {ratio:.2g} as long"
+        share = cell["seconds"] / (cell["gemms"] + cell["reads"])
+        lines = loads.setdefault(load, ([], []))
+        lines[cell["max_sms"] > 0].append((cell["max_ctas"], share))
+    for i, (load, lines) in enumerate(loads.items()):
+        for points, style, label in zip(lines, ("o:", "o-"), (load, None), strict=True):
+            if points:
+                look = {"color": f"C{i}", "markersize": 3, "linewidth": 1, "label": label}
+                panel.plot(*zip(*points, strict=True), style, **look)
+    panel.axhline(1.0, color="black", linestyle=":", linewidth=1)
+    panel.set_title("decode attention beside GEMMs", loc="left", fontsize=10)
+    panel.set_xlabel(f"CTAs of decode attention, at most (of {measured['ctas']})")
+    panel.set_ylabel("both at once, of their sum")
+    panel.legend(fontsize=6, title="GEMMs cut for: all SMs dotted, those left drawn")
+
+
+def _save(figure, path):
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -64,6 +64,15 @@ class Shape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
 
 
+def with_layers(config, num_layers):
+    """The content of a config.json for a model of so many layers."""
+    changed = {**config, "num_hidden_layers": num_layers}
+    kinds = config.get("layer_types")
+    if kinds:
+        changed["layer_types"] = [kinds[i % len(kinds)] for i in range(num_layers)]
+    return changed
+
+
 def _architecture(config):
     names = config.get("architectures") or []
     known = (*DENSE, *EXPERTS)

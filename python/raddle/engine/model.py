@@ -104,12 +104,12 @@ class Model:
         self._picked_attn = buffer(max_rows, self.num_qo_heads * head_dim)
         self.logits = buffer(max_rows, config.vocab_size, dtype="float32")
 
-    def forward(self, batch, stream=None):
+    def forward(self, batch, stream=None, max_sms=0):
         """Run one step; returns float32 logits [batch.num_rows, vocab], valid until the next.
 
         batch: num_tokens n, num_rows; ids and positions int32 [n]; rows int32 [num_rows], or None
         when the logits of all n rows are wanted in order; attend(layer, q, k, v, out), which writes
-        k and v to the cache and attention of q to out.
+        k and v to the cache and attention of q to out. max_sms: of the linear layers.
         """
         config, n = self.config, batch.num_tokens
         eps, hq, hk = config.rms_norm_eps, self.num_qo_heads, self.num_kv_heads
@@ -120,7 +120,7 @@ class Model:
         ops.embedding(batch.ids, self._embedding, out=residual, stream=stream)
         ops.rmsnorm(residual, self._layers[0].input_norm, eps, out=x, stream=stream)
         for i, layer in enumerate(self._layers):
-            layer.qkv(x, out=qkv, stream=stream)
+            layer.qkv(x, out=qkv, stream=stream, max_sms=max_sms)
             if layer.q_norm is not None:
                 ops.rmsnorm(q, layer.q_norm, eps, out=q, stream=stream)
                 ops.rmsnorm(k, layer.k_norm, eps, out=k, stream=stream)
@@ -131,16 +131,17 @@ class Model:
                 attn, residual = self._pick(batch, attn, residual, stream)
                 m = batch.num_rows
                 x, gate_up, act = self._x[:m], self._gate_up[:m], self._act[:m]
-            layer.o(attn, out=x, stream=stream)
+            layer.o(attn, out=x, stream=stream, max_sms=max_sms)
             self.comm.all_reduce(x, stream)
             ops.fused_add_rmsnorm(x, residual, layer.post_norm, eps, stream=stream)
-            layer.gate_up(x, out=gate_up, stream=stream)
+            layer.gate_up(x, out=gate_up, stream=stream, max_sms=max_sms)
             self._activation(gate_up, out=act, stream=stream)
-            layer.down(act, out=x, stream=stream)
+            layer.down(act, out=x, stream=stream, max_sms=max_sms)
             self.comm.all_reduce(x, stream)
             norm = self._final_norm if is_last else self._layers[i + 1].input_norm
             ops.fused_add_rmsnorm(x, residual, norm, eps, stream=stream)
-        return self._lm_head(x, out=self.logits[: batch.num_rows], stream=stream)
+        logits = self.logits[: batch.num_rows]
+        return self._lm_head(x, out=logits, stream=stream, max_sms=max_sms)
 
     def _pick(self, batch, attn, residual, stream):
         """Their rows batch.rows: a gather of rows is what an embedding does."""
