@@ -89,8 +89,13 @@ class Engine:
     def whole(self, i):
         return self.rows[i][0] + self.given[i]
 
+    def free_tokens(self):
+        """That memory has room for beside what runs; None: what the pool leaves."""
+
     def begin(self):
-        step = self.scheduler.step()
+        free = self.free_tokens()
+        step = self.scheduler.step(free)
+        self.has_evicted = self.has_evicted or free is not None
         for i in step.preempted.tolist():
             self.decoding.remove(i)
             del self.computed[i]
@@ -100,7 +105,7 @@ class Engine:
         assert step.num_decoding == len(self.decoding)
         assert step.reads == sum(self.whole(i) for i in self.decoding)
         assert step.tokens == step.num_decoding + int(step.chunk_count.sum()) <= self.step_tokens
-        assert step.seconds > 0 or self.scheduler.done
+        assert step.seconds > 0 or self.scheduler.done or free is not None
         gave = set(self.decoding)
         hits, prompts, pairs = 0, 0, 0.0
         for request, begin, count, is_first, is_last in self.chunks(step):

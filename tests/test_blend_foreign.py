@@ -7,7 +7,7 @@ Needs: numpy.
 import numpy
 import pytest
 from raddle.blend import policy_names
-from raddle.errors import StateError
+from raddle.errors import ArgumentError, DTypeError, StateError
 
 from tests.blend_engine import Engine, Foreign, check_books
 from tests.blend_trees import seen_of, small_case
@@ -133,6 +133,75 @@ def test_who_begins_has_room_to_its_end(policy):
     them ends, or any other."""
     for seed in range(2600, 2612):
         drive(small_case(seed), policy, Careful, seed=seed).run()
+
+
+class Shrinking(Foreign):
+    """Somebody else takes and gives back memory all the time."""
+
+    def free_tokens(self):
+        # What gave a token has no room for it yet: the next step makes it.
+        held = self.least_held() - len(self.decoding)
+        reading = set(self.computed) - self.decoding
+        self.read_before = sum(self.own(i) for i in reading)
+        self.read_before += self.block * len({at for i in reading for at in self.memory.paths[i]})
+        left = self.pool - held
+        kind = self.rng.integers(0, 4)
+        free = None if kind == 0 else [0, int(self.rng.integers(0, left + 1)), 10**9][kind - 1]
+        self.room = held + min(left, left if free is None else free)
+        return free
+
+    def begin(self):
+        before = set(self.computed)
+        step, gave = super().begin()
+        assert self.scheduler.counts()["held_tokens"] <= max(self.room, self.read_before)
+        assert self.room >= self.read_before or set(self.computed) <= before
+        self.was_held_up = getattr(self, "was_held_up", 0) + (step.tokens == 0)
+        return step, gave
+
+
+@pytest.mark.parametrize("lengths", ["known", "guess"])
+def test_memory_that_comes_and_goes(policy, lengths):
+    """Nothing runs in room that is not there but prompts that are being read; all come to an end."""
+    held_up = preemptions = 0
+    for seed in range(2700, 2703):
+        own = small_case(seed)
+        engine = drive(own, policy, Shrinking, seed=seed, lengths=lengths).run()
+        check_books(engine)
+        assert engine.given == own.outputs
+        held_up, preemptions = held_up + engine.was_held_up, preemptions + engine.preemptions
+    assert held_up > 0 and preemptions > 0
+
+
+def test_free_tokens_that_the_pool_has_anyway(policy):
+    for seed in range(2800, 2804):
+        own = small_case(seed)
+        plain = drive(own, policy, seed=seed).run()
+        told = drive(own, policy, seed=seed)
+        told.free_tokens = lambda: 10**12
+        assert told.run().steps == plain.steps
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "dfs", "lpm"])
+def test_less_memory_is_a_smaller_pool(policy):
+    for seed in range(2900, 2906):
+        own = small_case(seed)
+        small = drive(own, policy, seed=seed).run()
+        told = drive(own, policy, pool=3 * own.pool, seed=seed)
+        told.free_tokens = lambda told=told, pool=own.pool: (
+            pool - told.least_held() + len(told.decoding)
+        )
+        assert told.run().steps == small.steps
+
+
+@pytest.mark.parametrize(
+    ("free", "error"),
+    [(-1, ArgumentError), (2**63, ArgumentError), (1.5, DTypeError), ("1", DTypeError)],
+)
+def test_bad_free_tokens(free, error):
+    engine = drive(small_case(1), "fcfs")
+    with pytest.raises(error, match="free_tokens: expected"):
+        engine.scheduler.step(free)
+    check_books(engine.run())
 
 
 def test_steps_cost_what_the_model_says():

@@ -221,7 +221,7 @@ def test_bad_calls():
             scheduler.generated(bad)
     assert scheduler.generated(2) == 0 and scheduler.num_done == 0
     with pytest.raises(TypeError):
-        scheduler.step(1)
+        scheduler.step()
 
 
 # -- life and threads -----------------------------------------------------------------------------

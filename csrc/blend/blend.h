@@ -106,6 +106,8 @@ int64_t raddle_blend_pool_room(const raddle_blend_pool *pool);
  * resident. False, and nothing happens, when there is no room. out_cached: what was resident. */
 bool raddle_blend_pool_acquire(raddle_blend_pool *pool, int32_t node, int64_t own,
                                int64_t *out_cached);
+/* Another capacity; what nobody runs on goes until it fits, or nothing is left of it. */
+void raddle_blend_pool_resize(raddle_blend_pool *pool, int64_t capacity);
 /* Running requests need more (less, if negative) for themselves. False as above. */
 bool raddle_blend_pool_grow(raddle_blend_pool *pool, int64_t own);
 /* A running request ends, or with waits_again steps back to wait. */
@@ -373,6 +375,10 @@ raddle_blend_scheduler_create(const raddle_blend_store *store, const raddle_blen
                               const raddle_blend_plan *plan, const raddle_blend_length *lengths,
                               raddle_blend_scheduler **out_scheduler);
 void raddle_blend_scheduler_destroy(raddle_blend_scheduler *scheduler);
+/* Between steps: memory has room for free_tokens (0 or more) beside what running requests hold, or for
+ * what limits.pool_tokens leaves, if that is less; as it is until it is said again. A prompt that is
+ * being computed keeps the room that it was admitted with. */
+void raddle_blend_scheduler_set_free(raddle_blend_scheduler *scheduler, int64_t free_tokens);
 /* What the next step does: decodes come first, chunks of prompts fill it, a request is admitted when
  * its peak fits, as far as output lengths are known. When the pool overflows, the newest steps back.
  * Without work left the step is empty. */

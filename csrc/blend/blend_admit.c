@@ -53,8 +53,8 @@ static bool admit(scheduler *s, int32_t request, int64_t chunk) {
     const int64_t read = s->pool.shared_tokens - s->pool.evictable_tokens;
     const int64_t peak = raddle_blend_forecast_peak(&s->forecast, own - s->step, end);
     int64_t cached = 0;
-    if (s->counts.running > 0 && (s->counts.running >= s->limits.step_tokens ||
-                                  peak + read + missing > s->limits.pool_tokens)) {
+    if (s->counts.running > 0 &&
+        (s->counts.running >= s->limits.step_tokens || peak + read + missing > s->pool.capacity)) {
         return false;
     }
     if (!raddle_blend_pool_acquire(&s->pool, l->node, own, &cached)) {

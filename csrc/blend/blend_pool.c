@@ -177,6 +177,13 @@ bool raddle_blend_pool_acquire(raddle_blend_pool *pool, int32_t node, int64_t ow
     return true;
 }
 
+void raddle_blend_pool_resize(raddle_blend_pool *pool, int64_t capacity) {
+    pool->capacity = capacity;
+    while (pool->own_tokens + pool->shared_tokens > capacity && pool->oldest != NONE) {
+        leave(pool, pool->oldest);
+    }
+}
+
 bool raddle_blend_pool_grow(raddle_blend_pool *pool, int64_t own) {
     if (own > raddle_blend_pool_room(pool)) {
         return false;

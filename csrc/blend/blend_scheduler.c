@@ -130,6 +130,13 @@ static void fill_with_prompts(scheduler *s, raddle_blend_step *step) {
     }
 }
 
+void raddle_blend_scheduler_set_free(raddle_blend_scheduler *s, int64_t free_tokens) {
+    const raddle_blend_pool *pool = &s->pool;
+    const int64_t held = pool->own_tokens + pool->shared_tokens - pool->evictable_tokens;
+    const int64_t left = s->limits.pool_tokens - held;
+    raddle_blend_pool_resize(&s->pool, held + (free_tokens < left ? free_tokens : left));
+}
+
 raddle_status raddle_blend_scheduler_begin(raddle_blend_scheduler *s, raddle_blend_step *out_step) {
     RADDLE_REQUIRE(!s->is_open, RADDLE_ERR_STATE,
                    "step: the last one has not ended; say first who gave a last token in it");

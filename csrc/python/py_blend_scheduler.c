@@ -117,6 +117,8 @@ static void scheduler_dealloc(scheduler_object *self) {
 
 /* ------------------------------------------------------------------ a step */
 
+static const int64_t FREE_MAX = INT64_MAX / 4; /* tokens: nobody says what is free */
+
 /* Arrays of the tuple that step() returns, in order. */
 enum { PREEMPTED, REQUEST, BEGIN, COUNT, IS_FIRST, IS_LAST, NUM_ARRAYS };
 
@@ -185,34 +187,42 @@ static PyObject *give_step(scheduler_object *self) {
 }
 
 /* Without the GIL. */
-static raddle_status begin_step(scheduler_object *self) {
+static raddle_status begin_step(scheduler_object *self, int64_t free_tokens) {
     const int64_t left = self->requests->store.num_requests - self->counts.done;
     if (self->state != BEGUN) {
+        if (self->state != GIVEN) {
+            raddle_blend_scheduler_set_free(self->scheduler, free_tokens);
+        }
         RADDLE_TRY(raddle_blend_scheduler_begin(self->scheduler, &self->step));
         self->state = BEGUN;
         for (int32_t i = 0; i < self->step.num_preempted; i++) {
             self->is_begun[self->step.preempted[i]] = 0;
         }
     }
-    RADDLE_REQUIRE(self->step.work.tokens > 0 || left == 0, RADDLE_ERR_STATE,
+    RADDLE_REQUIRE(self->step.work.tokens > 0 || left == 0 || free_tokens < FREE_MAX,
+                   RADDLE_ERR_STATE,
                    "step: none of the %lld requests that are left fits into the pool of %lld "
                    "tokens; one gave more tokens than it said, and should have ended at max_tokens",
                    (long long)left, (long long)self->question.limits.pool_tokens);
     return RADDLE_OK;
 }
 
-PyDoc_STRVAR(step_doc, "step()\n--\n\n"
+PyDoc_STRVAR(step_doc, "step(free_tokens, /)\n--\n\n"
                        "(preempted, chunk request, begin, count, is_first, is_last, num_decoding, "
                        "tokens, scores, reads, prompt_tokens, hit_tokens, seconds).");
 
-static PyObject *step(scheduler_object *self, PyObject *unused) {
-    (void)unused;
+static PyObject *step(scheduler_object *self, PyObject *object) {
+    int64_t free_tokens = FREE_MAX;
+    if (object != Py_None &&
+        raddle_py_blend_parse_int(object, "free_tokens", 0, FREE_MAX - 1, &free_tokens) < 0) {
+        return NULL;
+    }
     raddle_status status = enter(self, "step");
     if (status != RADDLE_OK) {
         return raddle_raise(status);
     }
     Py_BEGIN_ALLOW_THREADS;
-    status = begin_step(self);
+    status = begin_step(self, free_tokens);
     Py_END_ALLOW_THREADS;
     PyObject *result = status == RADDLE_OK ? give_step(self) : raddle_raise(status);
     leave(self, status);
@@ -370,7 +380,7 @@ static PyObject *get_num_done(scheduler_object *self, void *closure) {
 }
 
 static PyMethodDef scheduler_methods[] = {
-    {"step", (PyCFunction)(void (*)(void))step, METH_NOARGS, step_doc},
+    {"step", (PyCFunction)step, METH_O, step_doc},
     {"retire", (PyCFunction)(void (*)(void))retire, METH_O, retire_doc},
     {"generated", (PyCFunction)(void (*)(void))generated, METH_O, generated_doc},
     {"counts", (PyCFunction)(void (*)(void))counts, METH_NOARGS, counts_doc},

@@ -9,8 +9,8 @@ blocks (get_computed_blocks where chunk_is_first, then allocate_slots) and write
 num_scheduled_tokens[id] = chunk_count, for every request that decodes 1. What get_computed_blocks
 finds is what counts: where it is less than chunk_begin, blocks went that the scheduler thinks are
 there, and a chunk has that many tokens more; where it is more, fewer. allocate_slots gives None
-only where that difference ate the room, which kv_cache_manager.block_pool.get_num_free_blocks()
-tells beforehand. update_from_output() finds out who stopped and calls retire() with them; a request
+only where that difference ate the room, which kv_cache_manager.block_pool.get_num_free_blocks() x
+block_size, as free_tokens of step(), tells beforehand. update_from_output() finds out who stopped and calls retire() with them; a request
 that was aborted is named once it gives a token. With async scheduling, a step ahead, retire() gets
 those that reach max_tokens at once, and those that a stop token ended a step later, whose last
 token is thrown away; one that stepped back meanwhile comes back for a token more.
@@ -21,8 +21,8 @@ max_total_num_tokens, the block_size of Requests page_size or a multiple, step_t
 chunked_prefill_size with enable_mixed_chunk. preempted is what retract_decode() picks otherwise
 (release_req gives their room back); chunks are requests of the waiting queue with extend_input_len
 = chunk_count, the one without chunk_is_last is the chunked_req. What is free is
-token_to_kv_pool_allocator.available_size() + tree_cache.evictable_size(), and match_prefix says
-what is in memory, as above. process_batch_result() asks each request whether it is finished() and
+token_to_kv_pool_allocator.available_size() + tree_cache.evictable_size(), which is free_tokens, and
+match_prefix says what is in memory, as above. process_batch_result() asks each request whether it is finished() and
 calls retire() with those that are. Without mixed chunks a step with chunks is run as two batches,
 the chunks' and the others', and ends after both.
 
@@ -129,13 +129,23 @@ class Scheduler:
         )
         self._num_requests = requests.num_requests
 
-    def step(self):
+    def step(self, free_tokens=None):
         """Begin the next step; returns a Step. retire() ends it.
 
-        When all is done the step is empty. Raises StateError when the last step has not ended, and
-        when nothing can run because a request generated more than it said.
+        free_tokens: of K and V that the engine has room for now, beside what its running requests
+        hold (prefixes that it may evict count as free), where that may be less than pool_tokens
+        leaves; 0 or more. Decodes that find no room step back, nobody begins that does not fit, and
+        prompts that are being computed keep the room that they were admitted with. None: what
+        pool_tokens leaves.
+
+        When all is done the step is empty, and with free_tokens also when nothing fits: retire
+        nobody, and ask again when there is more room. Raises StateError when the last step has not
+        ended, and without free_tokens when nothing can run because a request generated more than it
+        said; DTypeError and ArgumentError for what is no such number.
         """
-        *arrays, decoding, tokens, scores, reads, prompts, hits, seconds = self._core.step()
+        *arrays, decoding, tokens, scores, reads, prompts, hits, seconds = self._core.step(
+            free_tokens
+        )
         return Step(
             *(array.numpy() for array in arrays),
             num_decoding=decoding,
