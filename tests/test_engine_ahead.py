@@ -218,3 +218,20 @@ def test_engines_on_the_cpu_do_not_run_ahead():
     engine.add_request([5, 6], SamplingParams(max_tokens=4, ignore_eos=True))
     engine.step()
     assert engine._ahead is None
+
+
+def test_a_prefix_cache_is_emptied_between_requests(folders):
+    engine = make_engine(folders("llama")[0], page_size=4)
+    (prompt,) = prompts_of([30])
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    first = engine.generate([prompt], params)[0][0].token_ids
+    engine.add_request(prompt, params)
+    with pytest.raises(StateError, match="reset_prefix_cache: requests are unfinished"):
+        engine.reset_prefix_cache()
+    run(engine)
+    assert engine.num_hit_tokens == 28
+    engine.reset_prefix_cache()
+    pool = engine.cache.groups[0].pool
+    assert pool.num_free == pool.num_pages
+    assert engine.generate([prompt], params)[0][0].token_ids == first
+    assert engine.num_hit_tokens == 28

@@ -187,6 +187,12 @@ class Engine:
             self._scheduler.finish(sequence)
         return sequences is not None
 
+    def reset_prefix_cache(self):
+        """Forget what requests left in it. StateError while one is unfinished."""
+        if self._requests:
+            raise StateError("reset_prefix_cache: requests are unfinished; step or abort them")
+        self.cache.clear()
+
     @property
     def has_work(self):
         return bool(self._requests or self._outputs)
