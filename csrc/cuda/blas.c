@@ -80,7 +80,9 @@ enum {
     MATMUL_SM_COUNT_TARGET = 15,
     EPILOGUE_BIAS = 4,
     PREFERENCE_WORKSPACE_BYTES = 1,
-    PREFERENCE_ALIGNMENT_A = 5, /* then B, C, D */
+    PREFERENCE_REDUCTIONS = 3,
+    REDUCTION_IN_COMPUTE_TYPE = 2, /* parts of a sum are added in float32, not in y's dtype */
+    PREFERENCE_ALIGNMENT_A = 5,    /* then B, C, D */
 };
 
 enum { MAX_CHOICES = 1024, TABLE_SIZE = 2048, MAX_ALIGNMENT = 256 };
@@ -272,6 +274,10 @@ static raddle_status fill_preference(const choice_key *key, uint64_t workspace_b
     RADDLE_TRY(check_lt(lt.preference_set(preference, PREFERENCE_WORKSPACE_BYTES, &workspace_bytes,
                                           sizeof workspace_bytes),
                         "choosing a product's kernel"));
+    const uint32_t reductions = REDUCTION_IN_COMPUTE_TYPE;
+    RADDLE_TRY(check_lt(
+        lt.preference_set(preference, PREFERENCE_REDUCTIONS, &reductions, sizeof reductions),
+        "choosing a product's kernel"));
     static const int operands[] = {0, 1, 2, 2}; /* A is w, B is x, C and D are y */
     for (int i = 0; i < 4; i++) {
         const uint32_t bytes = key->alignments[operands[i]];

@@ -64,6 +64,7 @@ typedef struct stub_cublaslt_state {
     int version, fail_create, has_no_kernel;
     int num_handles, live_descriptions, num_heuristics, num_products;
     unsigned alignments[4]; /* of the last choice: A, B, C, D */
+    unsigned reductions;    /* that the last heuristic might choose from */
     int num_sms;            /* of the last product: what it was asked to fit in, or 0 */
     void *stream, *workspace;
 } stub_cublaslt_state;

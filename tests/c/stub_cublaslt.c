@@ -15,6 +15,7 @@ enum {
     ATTRIBUTE_BIAS = 8,
     ATTRIBUTE_SM_COUNT_TARGET = 15,
     PREFERENCE_WORKSPACE = 1,
+    PREFERENCE_REDUCTIONS = 3,
     PREFERENCE_ALIGNMENT_A = 5,
 };
 
@@ -31,7 +32,7 @@ typedef struct layout {
 
 typedef struct preference {
     uint64_t workspace_bytes;
-    unsigned alignments[4];
+    unsigned alignments[4], reductions;
 } preference;
 
 typedef struct heuristic {
@@ -134,6 +135,8 @@ EXPORT int cublasLtMatmulPreferenceSetAttribute(preference *self, int attribute,
                                                 size_t bytes) {
     if (attribute == PREFERENCE_WORKSPACE && bytes == 8) {
         memcpy(&self->workspace_bytes, value, bytes);
+    } else if (attribute == PREFERENCE_REDUCTIONS && bytes == 4) {
+        memcpy(&self->reductions, value, bytes);
     } else if (attribute >= PREFERENCE_ALIGNMENT_A && attribute < PREFERENCE_ALIGNMENT_A + 4 &&
                bytes == 4) {
         memcpy(&self->alignments[attribute - PREFERENCE_ALIGNMENT_A], value, bytes);
@@ -160,6 +163,7 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(int *handle, const matmul_desc *matmul
     }
     state.num_heuristics++;
     memcpy(state.alignments, wanted->alignments, sizeof state.alignments);
+    state.reductions = wanted->reductions;
     *found = state.has_no_kernel ? 0 : 1;
     if (state.has_no_kernel) {
         return NOT_SUPPORTED;

@@ -141,6 +141,7 @@ static void test_choices_are_kept(void) {
     }
     CHECK_INT(lt->num_heuristics, before + 1);
     CHECK_INT((int)lt->alignments[0], 16); /* rows of 8 bfloat16 */
+    CHECK_INT((int)lt->reductions, 2);     /* in float32 */
     CHECK_INT((int)lt->alignments[1], 16);
     CHECK_INT((int)lt->alignments[3], 16);
     args.x = memory + 2;
