@@ -45,7 +45,7 @@ class Setup:
 
 
 CPU = Setup(16, (1200, 600, 200), 1 / 8, 1.0, 600, 2048, 24_000, 128, 1024)
-CUDA = Setup(64, (1500, 750, 200), 1 / 2, 4.0, 3000, 16384, 100_000, 256, 2048)
+CUDA = Setup(64, (800, 400, 100), 1 / 2, 4.0, 3000, 16384, 100_000, 256, 2048)
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,8 @@ def bench(report, args, setup):
         row = report.rows[-1]
         print(
             f"  {seconds:.1f} s, predicted {predicted.seconds:.1f}; found {row['hit_ratio']:.1%} "
-            f"of prompts (at most {row['most_hit_ratio']:.1%}, predicted {predicted.hit_ratio:.1%}); "
+            f"of prompts (at most {row['most_hit_ratio']:.1%}, predicted "
+            f"{predicted.hit_ratio:.1%}); "
             f"{row['steps']} steps, {row['preemptions']} preemptions; "
             f"{row['same_answers']:.2%} of answers as the first order's",
             flush=True,
