@@ -161,7 +161,7 @@ class Shrinking(Foreign):
 
 @pytest.mark.parametrize("lengths", ["known", "guess"])
 def test_memory_that_comes_and_goes(policy, lengths):
-    """Nothing runs in room that is not there but prompts that are being read; all come to an end."""
+    """Only prompts that are being read run in room that is gone; all come to an end."""
     held_up = preemptions = 0
     for seed in range(2700, 2703):
         own = small_case(seed)

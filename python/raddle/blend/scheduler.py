@@ -10,10 +10,11 @@ num_scheduled_tokens[id] = chunk_count, for every request that decodes 1. What g
 finds is what counts: where it is less than chunk_begin, blocks went that the scheduler thinks are
 there, and a chunk has that many tokens more; where it is more, fewer. allocate_slots gives None
 only where that difference ate the room, which kv_cache_manager.block_pool.get_num_free_blocks() x
-block_size, as free_tokens of step(), tells beforehand. update_from_output() finds out who stopped and calls retire() with them; a request
-that was aborted is named once it gives a token. With async scheduling, a step ahead, retire() gets
-those that reach max_tokens at once, and those that a stop token ended a step later, whose last
-token is thrown away; one that stepped back meanwhile comes back for a token more.
+block_size, as free_tokens of step(), tells beforehand. update_from_output() finds out who stopped
+and calls retire() with them; a request that was aborted is named once it gives a token. With async
+scheduling, a step ahead, retire() gets those that reach max_tokens at once, and those that a stop
+token ended a step later, whose last token is thrown away; one that stepped back meanwhile comes
+back for a token more.
 
 How SGLang's loop would call it. event_loop_normal calls get_next_batch_to_run(), which here calls
 step() in place of the policy (SchedulePolicy.calc_priority) and of PrefillAdder. pool_tokens is
@@ -22,9 +23,9 @@ chunked_prefill_size with enable_mixed_chunk. preempted is what retract_decode()
 (release_req gives their room back); chunks are requests of the waiting queue with extend_input_len
 = chunk_count, the one without chunk_is_last is the chunked_req. What is free is
 token_to_kv_pool_allocator.available_size() + tree_cache.evictable_size(), which is free_tokens, and
-match_prefix says what is in memory, as above. process_batch_result() asks each request whether it is finished() and
-calls retire() with those that are. Without mixed chunks a step with chunks is run as two batches,
-the chunks' and the others', and ends after both.
+match_prefix says what is in memory, as above. process_batch_result() asks each request whether it
+is finished() and calls retire() with those that are. Without mixed chunks a step with chunks is run
+as two batches, the chunks' and the others', and ends after both.
 
 One that runs in threads or on several ranks has one scheduler, where the batches are made: the same
 arguments and the same ended give the same steps, so that ranks may as well have one each.
