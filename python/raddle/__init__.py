@@ -13,6 +13,7 @@ from .tensor import Tensor, empty, from_dlpack, tensor, zeros
 # Name -> the module that has it (None: it is that submodule). Loaded on first use.
 _LAZY = {
     "attention": None,
+    "blend": None,
     "BatchDecode": "attention",
     "BatchPrefill": "attention",
     "BatchRaggedPrefill": "attention",
@@ -35,6 +36,7 @@ __all__ = [
     "Workspace",
     "__version__",
     "attention",
+    "blend",
     "empty",
     "errors",
     "from_dlpack",
