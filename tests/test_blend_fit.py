@@ -119,6 +119,14 @@ def test_noise_and_a_disturbed_step():
         raddle._core.blend_check_cost(cost.to_dict())
 
 
+def test_more_tokens_that_take_less_time():
+    measured = surveyed(LLAMA_3_8B, FakeRig(LLAMA_3_8B))
+    for row in measured["gemms"]:
+        row["one_layer"], row["seconds"] = 1 / row["tokens"], 2 / row["tokens"]
+    with pytest.raises(errors.ArgumentError, match="gemms: expected more tokens to take longer"):
+        fit.fit(measured)
+
+
 def test_lower_hull():
     assert fit.lower_hull([(1, 5.0), (2, 4.0), (4, 4.0), (8, 9.0)]) == ([4, 8], [4.0, 9.0])
     assert fit.lower_hull([(1, 1.0), (2, 9.0), (3, 3.0)]) == ([1, 3], [1.0, 3.0])

@@ -264,8 +264,15 @@ STUB_SCRIPT = """
 from dataclasses import replace
 from raddle import _core
 from raddle.blend import CostModel, measure
-from raddle.blend.rig import Chunk
+from raddle.blend.rig import Chunk, Rig
 
+pass_seconds = Rig.pass_seconds
+
+def and_count(rig, tokens):  # nothing runs here, so that times are noise
+    pass_seconds(rig, tokens)
+    return 1e-6 * tokens, 2e-6 * tokens
+
+Rig.pass_seconds = and_count
 measure.GPU_QUICK = replace(
     measure.CPU_QUICK,
     window=1e-4,
