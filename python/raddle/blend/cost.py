@@ -83,7 +83,11 @@ class CostModel:
         """
         from .shape import Shape
 
-        shape = Shape.from_dict(_config(config))
+        return cls.from_shape(Shape.from_dict(_config(config)), hardware)
+
+    @classmethod
+    def from_shape(cls, shape, hardware):
+        """As from_config, of a raddle.blend.shape.Shape."""
         return cls(
             flops_per_token=2.0 * shape.active_parameters,
             flops_per_score=4.0 * shape.num_qo_heads * shape.head_dim * shape.num_layers,
@@ -111,6 +115,10 @@ class CostModel:
     def to_dict(self):
         """The fields by name."""
         return asdict(self)
+
+    def step_seconds(self, tokens, scores, reads):
+        """What a step takes, as said above."""
+        return _core.blend_step_seconds(self.to_dict(), tokens, scores, reads)
 
     def memory_tokens(self, memory_bytes):
         """Tokens of K and V that fit into memory_bytes beside the weights: a pool_tokens.
