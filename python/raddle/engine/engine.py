@@ -21,8 +21,8 @@ from .model import Model
 from .reply import Reply
 from .runner import Runner, graph_size
 from .sampling import SamplingParams, SamplingTable, draw_logprobs, to_host
-from .scheduler import Scheduler, Sequence, Step
-from .tokenizer import Tokenizer
+from .scheduler import Scheduler, Sequence, Step, Work
+from .tokenizer import Tokenizer, check_ids
 from .weights import DummyWeights, open_weights
 
 _GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of the n answers to one prompt
@@ -80,7 +80,8 @@ class Engine:
             )
         device = empty(1, device=device).device  # "cuda" is cuda:0; or an error that says why not
         self.config, self.tokenizer, self.device, self.dtype = config, tokenizer, device, dtype
-        self.max_batch = max_batch
+        self.max_batch, self.max_tokens_per_step = max_batch, max_tokens
+        self.page_size = page_size
         try:
             self._model = Model(
                 config,
@@ -109,6 +110,7 @@ class Engine:
         self._num_with_logprobs = 0  # sequences that want them
         self._is_interrupted = False
         self.num_prompt_tokens = self.num_output_tokens = self.num_steps = 0
+        self.last_work = Work(0, 0, 0)  # of the last step
 
     @classmethod
     def from_folder(cls, folder, **options):
@@ -141,16 +143,7 @@ class Engine:
         cannot be answered; nothing is queued then.
         """
         params = params or SamplingParams()
-        tokens = self.tokenize(prompt)
-        if len(tokens) >= self.max_model_len:
-            raise CapacityError(
-                f"prompt: {len(tokens)} tokens do not fit the context of {self.max_model_len} "
-                "tokens with room for an answer; shorten it"
-            )
-        if params.n > self.max_batch:
-            raise CapacityError(f"n: {params.n} is more than max_batch, {self.max_batch}")
-        if self.tokenizer is None and params.stop:
-            raise UnsupportedError("stop: an engine without tokenizer knows no texts")
+        tokens = self.check_request(prompt, params)
         request_id = next(self._ids) if request_id is None else request_id
         if request_id in self._requests:
             raise ArgumentError(f"request_id: {request_id!r} is being answered already")
@@ -171,6 +164,20 @@ class Engine:
         self.num_prompt_tokens += len(tokens)
         return request_id
 
+    def check_request(self, prompt, params):
+        """The token ids of a prompt that add_request would take; else it raises as that does."""
+        tokens = self.tokenize(prompt)
+        if len(tokens) >= self.max_model_len:
+            raise CapacityError(
+                f"prompt: {len(tokens)} tokens do not fit the context of {self.max_model_len} "
+                "tokens with room for an answer; shorten it"
+            )
+        if params.n > self.max_batch:
+            raise CapacityError(f"n: {params.n} is more than max_batch, {self.max_batch}")
+        if self.tokenizer is None and params.stop:
+            raise UnsupportedError("stop: an engine without tokenizer knows no texts")
+        return tokens
+
     def tokenize(self, prompt):
         """The token ids of a prompt, checked."""
         if isinstance(prompt, str):
@@ -179,7 +186,7 @@ class Engine:
             text = self._need_tokenizer().chat_template.render(list(prompt))
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            tokens = self._check_ids(prompt)
+            tokens = check_ids(prompt, self.config.vocab_size)
         if not tokens:
             raise ArgumentError("prompt: is empty; expected at least one token")
         return tokens
@@ -191,6 +198,11 @@ class Engine:
             self._num_with_logprobs -= sequence.params.logprobs is not None
             self._scheduler.finish(sequence)
         return sequences is not None
+
+    def num_generated(self, request_id):
+        """{index of an answer: its tokens so far} of those that a request still waits for."""
+        sequences = self._requests.get(request_id, ())
+        return {s.index: len(s.tokens) - s.num_prompt for s in sequences}
 
     @property
     def has_work(self):
@@ -228,10 +240,12 @@ class Engine:
                 raise StateError("the scheduler has requests but nothing to do")
             return self._take_outputs()
         self._is_interrupted = True
+        work = self._scheduler.work_of(step)
         logits = self._runner.run(step)
         self._finish_step(step, logits)
         self._is_interrupted = False
         self.num_steps += 1
+        self.last_work = work
         return self._take_outputs()
 
     def generate(self, prompts, params=None, progress=None):
@@ -277,7 +291,7 @@ class Engine:
         """
         import numpy as np
 
-        tokens = self._check_ids(token_ids)
+        tokens = check_ids(token_ids, self.config.vocab_size)
         if len(tokens) > self.max_model_len:
             raise CapacityError(
                 f"token_ids: {len(tokens)} tokens, the context has {self.max_model_len}"
@@ -365,20 +379,6 @@ class Engine:
         if self.tokenizer is None:
             raise UnsupportedError("prompt: an engine without tokenizer takes token ids only")
         return self.tokenizer
-
-    def _check_ids(self, ids):
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        if not isinstance(ids, (list, tuple)):
-            raise ArgumentError(
-                f"prompt: expected a text, token ids or chat messages, got {type(ids).__name__}"
-            )
-        limit = self.config.vocab_size
-        for i, token in enumerate(ids):
-            if type(token) is not int or not 0 <= token < limit:
-                raise ArgumentError(
-                    f"prompt: {token!r} at position {i} is no token id from 0 to {limit - 1}"
-                )
-        return list(ids)
 
 
 def _check_size(name, value):

@@ -12,7 +12,7 @@ preemption does to one, and `restart` to all after a step that was broken off (C
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Sequence:
@@ -46,6 +46,14 @@ class Sequence:
         self.pending = []  # siblings that begin when this one's prompt is read
         self.reply = None  # what the engine keeps of its text
         self.finish_reason = None
+
+
+class Work(NamedTuple):
+    """What a step does, as raddle.blend.CostModel.step_seconds() takes it."""
+
+    tokens: int  # through the GEMMs
+    scores: int  # query-key pairs of the chunks' attention
+    reads: int  # tokens of K and V that the decodes read
 
 
 @dataclass
@@ -104,6 +112,12 @@ class Scheduler:
         if step.chunks:
             self._choose_samples(step)
         return step
+
+    def work_of(self, step):
+        """The Work of a step that was not committed yet; as if all layers saw all keys."""
+        reads = int(self.cache.lengths[step.decode_slots].sum()) + len(step.decodes)
+        scores = sum(n * s.computed + n * (n + 1) // 2 for s, n in step.chunks)
+        return Work(step.num_tokens, scores, reads)
 
     def commit(self, step):
         """The step has run: count its tokens as written, and start the siblings it brought."""

@@ -26,6 +26,21 @@ def need(module):
         ) from None
 
 
+def check_ids(ids, vocab_size):
+    """A prompt's token ids as a list; ArgumentError names the first that is none."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(ids, (list, tuple)):
+        raise ArgumentError(
+            f"prompt: expected a text, token ids or chat messages, got {type(ids).__name__}"
+        )
+    for i, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ArgumentError(
+                f"prompt: {token!r} at position {i} is no token id from 0 to {vocab_size - 1}"
+            )
+    return list(ids)
+
+
 class Tokenizer:
     """The tokenizer.json of a model folder, with the chat template beside it."""
 
