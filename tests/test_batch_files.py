@@ -59,8 +59,13 @@ def test_a_cut_line_is_written_again(model, tmp_path):
 def test_results_of_another_job_are_refused(model, tmp_path):
     answer(model, tmp_path, [line("a")])
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(ArgumentError, match="another input file or another model"):
-        answer(model, tmp_path, [line("a"), line("b")])
+    for lines in ([line("a", prompt="other")], [line("b"), line("a")], []):
+        with pytest.raises(ArgumentError, match="answers line 1 of another input file or for"):
+            answer(model, tmp_path, lines)
+        assert (tmp_path / "out.jsonl").read_bytes() == before
+    (tmp_path / "out.jsonl").write_bytes(before + before)
+    with pytest.raises(RaddleIOError, match="line 2 is a second result of input line 1"):
+        answer(model, tmp_path, [line("a")])
     (tmp_path / "out.jsonl").write_text("my notes\n")
     with pytest.raises(RaddleIOError, match="line 1 is no result line"):
         answer(model, tmp_path, [line("a")])
@@ -69,12 +74,20 @@ def test_results_of_another_job_are_refused(model, tmp_path):
     assert len(answer(model, tmp_path, [line("a")])) == 1
 
 
+def test_lines_that_were_added_are_answered(model, tmp_path):
+    answer(model, tmp_path, [line("a"), "bad"])
+    before = (tmp_path / "out.jsonl").read_bytes()
+    rows = answer(model, tmp_path, [line("a"), "bad", line("b")])
+    assert (tmp_path / "out.jsonl").read_bytes().startswith(before)
+    assert [row["custom_id"] for row in rows] == ["a", None, "b"]
+
+
 def test_two_jobs_on_one_file(model, tmp_path):
-    first = ResultsFile(tmp_path / "out.jsonl", "job")
+    first = ResultsFile(tmp_path / "out.jsonl")
     with pytest.raises(RaddleIOError, match="another job is writing"):
-        ResultsFile(tmp_path / "out.jsonl", "job")
+        ResultsFile(tmp_path / "out.jsonl")
     first.close()
-    ResultsFile(tmp_path / "out.jsonl", "job").close()
+    ResultsFile(tmp_path / "out.jsonl").close()
 
 
 def test_bad_paths(model, tmp_path):

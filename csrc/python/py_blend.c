@@ -422,6 +422,7 @@ int raddle_py_add_blend(PyObject *module) {
     Py_XSETREF(raddle_py_blend_requests_type, (PyTypeObject *)type);
     return PyModule_AddObjectRef(module, "BlendRequests", type) < 0 ||
                    PyModule_AddFunctions(module, functions) < 0 ||
+                   raddle_py_blend_add_guess(module) < 0 ||
                    raddle_py_blend_add_partition(module) < 0
                ? -1
                : raddle_py_blend_add_scheduler(module);

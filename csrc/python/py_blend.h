@@ -62,7 +62,8 @@ int raddle_py_blend_parse_seed(PyObject *object, uint64_t *out_seed);
 int raddle_py_blend_parse_seen(const raddle_blend_store *store, bool has_unknown, PyObject *object,
                                int32_t **out_seen);
 
-/* py_blend_partition.c: a function; py_blend_scheduler.c: the type BlendScheduler. */
+/* py_blend_partition.c, py_blend_guess.c: functions; py_blend_scheduler.c: the type BlendScheduler. */
+int raddle_py_blend_add_guess(PyObject *module);
 int raddle_py_blend_add_partition(PyObject *module);
 int raddle_py_blend_add_scheduler(PyObject *module);
 

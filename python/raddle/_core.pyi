@@ -489,6 +489,9 @@ class BlendScheduler:
     def generated(self, request: int, /) -> int: ...
     def counts(self) -> dict[str, int]: ...
 
+def blend_guess(
+    requests: BlendRequests, seen: _AnyTensor | None, so_far: _AnyTensor, /
+) -> Tensor: ...
 def blend_partition(
     requests: BlendRequests,
     cost: dict[str, Any],

@@ -93,7 +93,11 @@ class CostModel:
         """
         from .shape import Shape
 
-        shape = Shape.from_dict(read_config(config))
+        return cls.from_shape(Shape.from_dict(read_config(config)), hardware)
+
+    @classmethod
+    def from_shape(cls, shape, hardware):
+        """As from_config, of a raddle.blend.shape.Shape."""
         counts = {
             "flops_per_token": 2.0 * shape.active_parameters,
             "flops_per_score": 4.0 * shape.num_qo_heads * shape.head_dim * shape.num_layers,

@@ -145,6 +145,17 @@ class Requests:
         """
         return self._core.sample(rate, quota, seed).numpy()
 
+    def guess(self, seen, so_far):
+        """What is thought of outputs while they are written: int32 ndarray [num_requests].
+
+        seen: int32 or int64 [num_requests], lengths, -1 where it was not seen. so_far: likewise,
+        the tokens that a request has given that was not seen to end; fewer than max_tokens. Those
+        of a source are thought to be alike, and more so those that share a prefix; lengths follow
+        the survival curve of a source, so that those that end early do not make them short. Raises
+        ShapeError, DTypeError and ArgumentError.
+        """
+        return _core.blend_guess(self._core, seen, so_far).numpy()
+
 
 def _names(argument, names, count):
     names = None if names is None else list(names)

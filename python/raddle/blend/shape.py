@@ -45,7 +45,16 @@ class Shape:
                 "config.json: sliding_window: layers that do not see all keys are not modelled; "
                 "set it to null to have them see all"
             )
-        inner, active_inner = _mlp(config, name, model)
+        return cls._of(model, *_mlp(config, name, model))
+
+    @classmethod
+    def from_model(cls, model):
+        """From an engine's ModelConfig, as if all its layers saw all keys."""
+        inner = _dense_mlp(model) * model.num_layers
+        return cls._of(model, inner, inner)
+
+    @classmethod
+    def _of(cls, model, inner, active_inner):
         rest = _attention_and_norms(model) * model.num_layers + model.hidden_size
         tables = 1 if model.tie_word_embeddings else 2
         rest += tables * model.vocab_size * model.hidden_size
@@ -108,8 +117,7 @@ def _attention_and_norms(m):
 
 def _mlp(config, name, m):
     """Parameters of all MLPs, and those that a token uses."""
-    dense = 3 * m.hidden_size * m.intermediate_size
-    dense += (2 * m.intermediate_size + m.hidden_size) * m.mlp_bias
+    dense = _dense_mlp(m)
     if name in DENSE:
         return dense * m.num_layers, dense * m.num_layers
     is_mixtral = name == "MixtralForCausalLM"
@@ -130,6 +138,12 @@ def _mlp(config, name, m):
     sparse = m.num_layers if is_mixtral else _count_sparse(config, m.num_layers)
     rest = dense * (m.num_layers - sparse) + always * sparse
     return rest + each * experts * sparse, rest + each * used * sparse
+
+
+def _dense_mlp(m):
+    """Parameters of a layer's MLP."""
+    dense = 3 * m.hidden_size * m.intermediate_size
+    return dense + (2 * m.intermediate_size + m.hidden_size) * m.mlp_bias
 
 
 def _count_sparse(config, num_layers):

@@ -1,14 +1,17 @@
 """`python -m raddle batch requests.jsonl -o results.jsonl`: a file of requests in OpenAI's format.
 
 Exit status: 0 when every line has its result (error rows are results), 1 when the job could not
-begin or go on, 130 after Ctrl-C. The same command goes on where a job was stopped or killed.
+begin or go on, 3 when the deadline came first, 130 after Ctrl-C. The same command goes on where a
+job was stopped or killed.
 """
 
 import sys
 
+from ..blend import policy_names
 from ..errors import RaddleError
 from .batch import BatchJob
 from .cli_model import add_model_arguments, load_engine, model_folder, say
+from .plan import POLICY, SAMPLE_RATE, cost_of
 from .results import DiskFullError
 from .tokenizer import need
 
@@ -24,7 +27,36 @@ def add_arguments(parser):
         default=[],
         help="a name that requests may call the model by, beside its folder's; may be repeated",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of requests without one (default: 0)")
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="of requests without one (default: 0)")
+    add(
+        "--schedule",
+        choices=policy_names(),
+        default=POLICY,
+        help=f"the order in which lines are answered (default: {POLICY})",
+    )
+    add(
+        "--sample-rate",
+        metavar="SHARE",
+        type=float,
+        default=SAMPLE_RATE,
+        help="of requests that run first, to learn how long answers get; 0: none (default: "
+        f"{SAMPLE_RATE})",
+    )
+    add(
+        "--hardware",
+        metavar="FILE",
+        help="a cost model or rates of the machine, in JSON, or a100 or h100, for plan and ETA "
+        "(default: rough rates; what steps take corrects them)",
+    )
+    add("--deadline", metavar="SECONDS", type=float, help="stop then; the same command goes on")
+    add(
+        "--errors",
+        choices=("row", "stop"),
+        default="row",
+        help="lines that are wrong: row, an error row each (default); stop, name them all and "
+        "run nothing",
+    )
 
 
 def main(args):
@@ -34,7 +66,19 @@ def main(args):
         engine = load_engine(args, folder, args.seed)
         names = [folder.resolve().name, *args.served_model_name, str(args.model or folder)]
         names = list(dict.fromkeys(names))
-        job = BatchJob(engine, args.input, args.output, names, seed=args.seed, progress=bar.update)
+        job = BatchJob(
+            engine,
+            args.input,
+            args.output,
+            names,
+            seed=args.seed,
+            progress=bar.update,
+            schedule=args.schedule,
+            sample_rate=args.sample_rate,
+            deadline=args.deadline,
+            errors=args.errors,
+            cost=cost_of(engine, args.hardware),
+        )
     except RaddleError as error:
         say(f"raddle batch: {error}")
         return 1
@@ -70,6 +114,10 @@ def _run(job, engine, bar):
         job.close()
     bar.end()
     print(_describe(summary, engine, path), flush=True)
+    if summary.is_late:
+        left = summary.num_lines - summary.num_done
+        say(f"deadline: {left} of {summary.num_lines} lines are left; {again}")
+        return 3
     return 0
 
 
@@ -85,8 +133,24 @@ def _describe(summary, engine, path):
         f"{total / seconds:.0f} in all, on {engine.device} in {engine.dtype}\n"
         f"KV cache: at most {peak:.1%} of {engine.cache_bytes >> 20} MiB in use, "
         f"{engine.num_preemptions} preemptions; prefix cache: {summary.hit_tokens} prompt tokens "
-        f"found, {summary.hit_ratio:.1%}"
+        f"found, {summary.hit_ratio:.1%} of them\n" + _describe_plan(summary)
     )
+
+
+def _describe_plan(summary):
+    text = f"at most {summary.planned_hit_ratio:.1%} could be found, of all lines' prompt tokens"
+    if summary.pace is not None:
+        text += (
+            f"\nsteps took {summary.step_seconds:.2f} s, {summary.pace:.2f} of the "
+            f"{summary.predicted_seconds:.2f} s predicted; {summary.num_plans} plans, "
+            f"{summary.planning_seconds:.2f} s"
+        )
+    if summary.share_of_bound is not None:
+        text += (
+            f"\n{summary.share_of_bound:.1%} of the bound that no order beats, by the cost model "
+            "scaled to what steps took"
+        )
+    return text
 
 
 class _Bar:
@@ -99,13 +163,20 @@ class _Bar:
     def begin(self, summary):
         if self._tqdm is not None:
             self._bar = self._tqdm(
-                total=summary.num_lines, initial=summary.num_done, unit="req", dynamic_ncols=True
+                total=summary.num_lines,
+                initial=summary.num_done,
+                dynamic_ncols=True,
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
 
     def update(self, summary):
         if self._bar is not None:
             rate = summary.output_tokens / max(summary.seconds, 1e-9)
-            self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {summary.num_errors} errors", False)
+            left = summary.seconds_left
+            left = "?" if left is None else self._tqdm.format_interval(left)
+            self._bar.set_postfix_str(
+                f"{left} left, {rate:.0f} tokens/s, {summary.num_errors} errors", False
+            )
             self._bar.update(summary.num_done - self._bar.n)
 
     def end(self):

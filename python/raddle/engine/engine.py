@@ -15,15 +15,15 @@ import itertools
 import random
 
 from .. import _core, empty
-from ..errors import ArgumentError, CapacityError, StateError, UnsupportedError
+from ..errors import ArgumentError, CapacityError, StateError
 from .config import DTYPES, ModelConfig
 from .memory import build_cache
 from .model import Model
-from .prompt import check_ids, tokenize
+from .prompt import check_ids, check_request
 from .reply import Reply
 from .runner import Runner, graph_size
 from .sampling import SamplingParams, SamplingTable, draw_logprobs, seed_of_answer, to_host
-from .scheduler import Scheduler, Sequence, Step
+from .scheduler import Scheduler, Sequence, Step, Work
 from .tokenizer import Tokenizer
 from .weights import DummyWeights, open_weights
 
@@ -83,7 +83,8 @@ class Engine:
             )
         device = empty(1, device=device).device  # "cuda" is cuda:0; or an error that says why not
         self.config, self.tokenizer, self.device, self.dtype = config, tokenizer, device, dtype
-        self.max_batch = max_batch
+        self.max_batch, self.max_tokens_per_step = max_batch, max_tokens
+        self.page_size = page_size
         try:
             self._model = Model(
                 config,
@@ -104,7 +105,7 @@ class Engine:
         self.max_model_len = min(context, self.cache.max_length)
         self._runner = Runner(self._model, self.cache, max_batch, max_rows_of_step)
         self._drawn = _core.Readback(max_batch, device)
-        self._ahead = None  # (step, logits) of a step that was launched before its turn
+        self._ahead = None  # (step, logits, work) of a step that was launched before its turn
         self._sampling = SamplingTable(max_batch)
         self._scheduler = Scheduler(self.cache, max_tokens, self._admitted, prefix_cache)
         self._requests = {}  # id -> its unfinished sequences
@@ -114,6 +115,7 @@ class Engine:
         self._num_with_logprobs = 0  # sequences that want them
         self._is_interrupted = False
         self.num_prompt_tokens = self.num_output_tokens = self.num_steps = 0
+        self.last_work = Work(0, 0, 0)  # of the last step
 
     @classmethod
     def from_folder(cls, folder, **options):
@@ -146,16 +148,7 @@ class Engine:
         cannot be answered; nothing is queued then.
         """
         params = params or SamplingParams()
-        tokens = self.tokenize(prompt)
-        if len(tokens) >= self.max_model_len:
-            raise CapacityError(
-                f"prompt: {len(tokens)} tokens do not fit the context of {self.max_model_len} "
-                "tokens with room for an answer; shorten it"
-            )
-        if params.n > self.max_batch:
-            raise CapacityError(f"n: {params.n} is more than max_batch, {self.max_batch}")
-        if self.tokenizer is None and params.stop:
-            raise UnsupportedError("stop: an engine without tokenizer knows no texts")
+        tokens = self.check_request(prompt, params)
         request_id = next(self._ids) if request_id is None else request_id
         if request_id in self._requests:
             raise ArgumentError(f"request_id: {request_id!r} is being answered already")
@@ -174,9 +167,9 @@ class Engine:
         self.num_prompt_tokens += len(tokens)
         return request_id
 
-    def tokenize(self, prompt):
-        """The token ids of a prompt, checked."""
-        return tokenize(prompt, self.tokenizer, self.config.vocab_size)
+    def check_request(self, prompt, params):
+        """The token ids of a prompt that add_request would take; else it raises as that does."""
+        return check_request(self, prompt, params)
 
     def abort(self, request_id):
         """Drop a request and free what it holds; False when it is not, or no longer, known."""
@@ -192,6 +185,11 @@ class Engine:
         if self._requests:
             raise StateError("reset_prefix_cache: requests are unfinished; step or abort them")
         self.cache.clear()
+
+    def num_generated(self, request_id):
+        """{index of an answer: its tokens so far} of those that a request still waits for."""
+        sequences = self._requests.get(request_id, ())
+        return {s.index: len(s.tokens) - s.num_prompt for s in sequences}
 
     @property
     def has_work(self):
@@ -230,8 +228,9 @@ class Engine:
         self._is_interrupted = True
         launched = self._take_ahead() or self._launch(self._scheduler.schedule())
         if launched is not None:
-            self._ahead = self._launch(self._follow(*launched), follows=True)
-            self._finish_step(*launched)
+            step, logits, self.last_work = launched
+            self._ahead = self._launch(self._follow(step), follows=True)
+            self._finish_step(step, logits)
             self.num_steps += 1
         elif self._requests:
             raise StateError("the scheduler has requests but nothing to do")
@@ -310,17 +309,18 @@ class Engine:
         self._sampling.set(sequence.slot, sequence.params, sequence.seed, num_drawn)
 
     def _launch(self, step, follows=False):
-        """Queue a step and the drawing of its tokens; (step, logits), or None for None."""
+        """Queue a step and the drawing of its tokens; (step, logits, work), or None for None."""
         if step is None:
             return None
+        work = self._scheduler.work_of(step)
         logits = self._runner.run(step, follows=follows)
         self._scheduler.commit(step)
         if step.samples:
             out = None if step.chunks else self._runner.next_ids(step)
             self._drawn.start(self._sampling.draw(logits, step.sample_slots(), out))
-        return step, logits
+        return step, logits, work
 
-    def _follow(self, step, logits):
+    def _follow(self, step):
         """The step that can be launched before the tokens of this one are known, or None."""
         if not self._runner.runs_ahead or self._num_with_logprobs:  # logprobs are read from logits
             return None

@@ -1,6 +1,22 @@
 """What a prompt may be: a text, token ids, or chat messages."""
 
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, CapacityError, UnsupportedError
+
+
+def check_request(engine, prompt, params):
+    """The token ids of a prompt that an engine can answer, or its ArgumentError, CapacityError or
+    UnsupportedError."""
+    tokens = tokenize(prompt, engine.tokenizer, engine.config.vocab_size)
+    if len(tokens) >= engine.max_model_len:
+        raise CapacityError(
+            f"prompt: {len(tokens)} tokens do not fit the context of {engine.max_model_len} "
+            "tokens with room for an answer; shorten it"
+        )
+    if params.n > engine.max_batch:
+        raise CapacityError(f"n: {params.n} is more than max_batch, {engine.max_batch}")
+    if engine.tokenizer is None and params.stop:
+        raise UnsupportedError("stop: an engine without tokenizer knows no texts")
+    return tokens
 
 
 def tokenize(prompt, tokenizer, vocab_size):

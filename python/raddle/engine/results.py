@@ -1,6 +1,6 @@
 """The results file of a batch job: lines are only ever added, and a killed job goes on from them.
 
-Every line's "id" holds the job (a hash of input and model) and the number of the input line, so
+Every line's "id" holds a digest of the input line and the model, and the number of that line, so
 the file itself says what is done and whether it belongs to this job. A line that was cut by a kill
 has no newline at its end and is removed before anything is added.
 """
@@ -9,13 +9,20 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from pathlib import Path
 
-from ..errors import ArgumentError, RaddleIOError
+from ..errors import RaddleIOError
 
 _SYNC_SECONDS = 1.0
+_LINE_ID = re.compile("batch_req_([0-9a-f]{16})_([1-9][0-9]{0,17})")
+
+
+def line_id(digest, number):
+    """Of the result of an input line."""
+    return f"batch_req_{digest:016x}_{number}"
 
 
 class DiskFullError(RaddleIOError):
@@ -25,13 +32,13 @@ class DiskFullError(RaddleIOError):
 class ResultsFile:
     """Open for one job, locked against a second one.
 
-    done: numbers of the input lines that have their result; num_errors: how many of those are
-    errors. A file that is no regular one (a pipe, /dev/stdout) is written without any of that.
+    done: {number: digest} of the input lines that have their result; num_errors: how many of those
+    are errors. A file that is no regular one (a pipe, /dev/stdout) is written without any of that.
     """
 
-    def __init__(self, path, job_id):
-        self.path, self._prefix = Path(path), f"batch_req_{job_id}_"
-        self.done, self.num_errors = set(), 0
+    def __init__(self, path):
+        self.path = Path(path)
+        self.done, self.num_errors = {}, 0
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
@@ -43,9 +50,6 @@ class ResultsFile:
             os.close(self._fd)
             raise
         self._synced = time.monotonic()
-
-    def line_id(self, number):
-        return f"{self._prefix}{number}"
 
     def append(self, records):
         """Write result lines (dictionaries), whole or not at all: DiskFullError, RaddleIOError."""
@@ -92,19 +96,21 @@ class ResultsFile:
     def _note(self, row, line):
         try:
             record = json.loads(line)
-            line_id, response = record["id"], record["response"]
-            is_error = response["status_code"] != 200
+            found = _LINE_ID.fullmatch(record["id"])
+            is_error = record["response"]["status_code"] != 200
         except (ValueError, TypeError, KeyError):
+            found = None
+        if found is None:
             raise RaddleIOError(
                 f"{self.path}: line {row} is no result line; name another output file"
-            ) from None
-        number = str(line_id).removeprefix(self._prefix)
-        if number == line_id or not number.isdecimal():
-            raise ArgumentError(
-                f"{self.path}: line {row} answers another input file or another model; name "
-                "another output file, or remove this one"
             )
-        self.done.add(int(number))
+        number = int(found[2])
+        if number in self.done:
+            raise RaddleIOError(
+                f"{self.path}: line {row} is a second result of input line {number}; name another "
+                "output file, or remove this one"
+            )
+        self.done[number] = int(found[1], 16)
         self.num_errors += is_error
 
 

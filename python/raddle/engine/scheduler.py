@@ -14,7 +14,7 @@ preemption does to one, and `restart` to all after a step that was broken off (C
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .prefix import PrefixCache
 
@@ -56,6 +56,14 @@ class Sequence:
         self.digests = []  # of its blocks, as far as anybody asked (see prefix.py)
         self.num_published = 0  # leading blocks whose pages are published
         self.num_cached_tokens = None  # that were there when it was first admitted
+
+
+class Work(NamedTuple):
+    """What a step does, as raddle.blend.CostModel.step_seconds() takes it."""
+
+    tokens: int  # through the GEMMs
+    scores: int  # query-key pairs of the chunks' attention
+    reads: int  # tokens of K and V that the decodes read
 
 
 @dataclass
@@ -134,6 +142,12 @@ class Scheduler:
             if not self.cache.grow(slots[i], step.decodes[i].computed + 1):
                 return None
         return Step(step.decodes, slots, samples=step.decodes)
+
+    def work_of(self, step):
+        """The Work of a step that was not committed yet; as if all layers saw all keys."""
+        reads = int(self.cache.lengths[step.decode_slots].sum()) + len(step.decodes)
+        scores = sum(n * s.computed + n * (n + 1) // 2 for s, n in step.chunks)
+        return Work(step.num_tokens, scores, reads)
 
     def commit(self, step):
         """The step is under way, or has run: count its tokens as written, and start the siblings it
