@@ -74,8 +74,8 @@ def _fit_rates(measured, num_layers):
     tokens, seconds = lower_hull(scaled_gemms(measured, num_layers))
     if len(tokens) < 2:
         raise ArgumentError(
-            "gemms: expected more tokens to take longer, got the least time for the most: something "
-            "else ran on the device; measure again when it has nothing else to do"
+            "gemms: expected more tokens to take longer, got the least time for the most: "
+            "something else ran on the device; measure again when it has nothing else to do"
         )
     score_flops = 4.0 * shape.num_qo_heads * shape.head_dim  # of a layer
     _, score_slope = fit_line(
