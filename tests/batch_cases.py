@@ -3,12 +3,24 @@
 import json
 
 import pytest
+from raddle.blend import CostModel
 from raddle.engine import Engine
 from raddle.engine.batch import BatchJob
 
 from tests.reference import llama
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+COST = CostModel(
+    flops_per_token=1e6,
+    flops_per_score=1e3,
+    kv_bytes_per_token=1e3,
+    weight_bytes=1e6,
+    attention_flops_rate=1e11,
+    read_rate=1e10,
+    gemm_rate=1e11,
+    alpha=0.5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +53,28 @@ def read(path):
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-def answer(folder, tmp_path, lines, engine=None, **options):
-    """Results in the order of the input lines."""
-    job = BatchJob(
-        engine or make_engine(folder),
-        write(tmp_path / "in.jsonl", lines),
-        tmp_path / "out.jsonl",
-        ["small"],
-        **options,
-    )
+def make_job(folder, tmp_path, lines, engine=None, **options):
+    source = write(tmp_path / "in.jsonl", lines)
+    engine = engine or make_engine(folder)
+    return BatchJob(engine, source, tmp_path / "out.jsonl", ["small"], **options)
+
+
+def run(job):
+    """Its Summary."""
     try:
-        job.run()
+        return job.run()
     finally:
         job.close()
+
+
+def answer(folder, tmp_path, lines, engine=None, **options):
+    """Results in the order of the input lines."""
+    run(make_job(folder, tmp_path, lines, engine, **options))
     return sorted(read(tmp_path / "out.jsonl"), key=lambda row: int(row["id"].rsplit("_", 1)[1]))
+
+
+def texts(rows):
+    return [[choice["text"] for choice in row["response"]["body"]["choices"]] for row in rows]
 
 
 def without_times(rows):

@@ -172,48 +172,47 @@ def test_the_command_on_a_full_disk(model, tmp_path):
     assert len(read(out)) == 40 and read(out)[: len(rows)] == rows
 
 
-def kill_after(process, path, size):
-    """kill -9 once the file has so many bytes; False when the job was done before."""
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
+def kill_after(process, path, size, seconds):
+    """kill -9 once the file has so many bytes, or the command ran so long."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
         if path.exists() and path.stat().st_size >= size:
-            process.kill()
-            process.wait()
-            return True
+            break
         time.sleep(0.0005)
     process.kill()
-    return process.wait() != 0
+    process.wait()
 
 
 def test_kill_9_at_any_point(model, tmp_path):
-    """Every line has exactly one result in the end, and what was written is never touched again."""
-    lines = [line(f"r{i}", max_tokens=4 + i % 29) for i in range(300)]
+    """Every line has exactly one result in the end, and what was written is never touched again.
+
+    Fifty kills: while the command begins, reads its input, or a few results later."""
+    lines = [line(f"r{i}", max_tokens=4 + i % 29) for i in range(600)]
     lines[7] = "not JSON"
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    rng, kills, before = random.Random(5), 0, b""
-    for _ in range(20):
+    rng, before, num_written = random.Random(5), b"", 0
+    for _ in range(50):
         process = subprocess.Popen(
             command(model, source, "-o", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        was_killed = kill_after(process, out, len(before) + rng.randrange(1, 40000))
+        size = len(before) + rng.randrange(1, 2000)
+        kill_after(process, out, size, rng.choice([60, rng.uniform(0, 0.5)]))
         process.communicate()
-        data = out.read_bytes()
-        whole = before[: before.rfind(b"\n") + 1]
-        assert data.startswith(whole)
+        data = out.read_bytes() if out.exists() else b""
+        assert data.startswith(before[: before.rfind(b"\n") + 1])
+        num_written += len(data) > len(before)
         before = data
-        kills += was_killed
-        if not was_killed:
-            break
-    assert kills >= 3 and not was_killed
+    num_left = 600 - before.count(b"\n")
+    assert num_left > 0 and num_written >= 15
+    done = subprocess.run(command(model, source, "-o", out), text=True, capture_output=True)
+    assert done.returncode == 0 and f"{600 - num_left} of 600 lines are in" in done.stderr
     rows = read(out)
     counts = collections.Counter(row["custom_id"] for row in rows)
-    assert len(rows) == 300 and set(counts.values()) == {1}
+    assert len(rows) == 600 and set(counts.values()) == {1}
     (tmp_path / "whole").mkdir()
-    expected = {row["id"]: row for row in answer(model, tmp_path / "whole", lines)}
-    for row in without_times(rows):
-        body = expected[row["id"]]["response"]["body"]
-        body.pop("created", None)
-        assert row == expected[row["id"]]
+    expected = without_times(answer(model, tmp_path / "whole", lines))
+    rows.sort(key=lambda row: int(row["id"].rsplit("_", 1)[1]))
+    assert without_times(rows) == expected
 
 
 def test_ctrl_c(model, tmp_path):
