@@ -22,7 +22,7 @@ from pathlib import Path
 
 from raddle.blend import Requests
 from raddle.blend.files import kind_of
-from raddle.engine.batch import _parse_line
+from raddle.engine.lines import _parse_line
 from raddle.engine.openai import RequestError, error_body, error_code, error_status, parse_body
 from raddle.engine.results import _encode
 from raddle.engine.tokenizer import Tokenizer

@@ -186,12 +186,14 @@ def kill_after(process, path, size, seconds):
 def test_kill_9_at_any_point(model, tmp_path):
     """Every line has exactly one result in the end, and what was written is never touched again.
 
-    Fifty kills: while the command begins, reads its input, or a few results later."""
+    While the command begins, reads its input, or a few results later. RADDLE_TEST_KILLS: how
+    often."""
+    num_kills = int(os.environ.get("RADDLE_TEST_KILLS", 16))
     lines = [line(f"r{i}", max_tokens=4 + i % 29) for i in range(600)]
     lines[7] = "not JSON"
     source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     rng, before, num_written = random.Random(5), b"", 0
-    for _ in range(50):
+    for _ in range(num_kills):
         process = subprocess.Popen(
             command(model, source, "-o", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -203,7 +205,7 @@ def test_kill_9_at_any_point(model, tmp_path):
         num_written += len(data) > len(before)
         before = data
     num_left = 600 - before.count(b"\n")
-    assert num_left > 0 and num_written >= 15
+    assert num_left > 0 and num_written >= 0.3 * num_kills
     done = subprocess.run(command(model, source, "-o", out), text=True, capture_output=True)
     assert done.returncode == 0 and f"{600 - num_left} of 600 lines are in" in done.stderr
     rows = read(out)

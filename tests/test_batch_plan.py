@@ -5,11 +5,12 @@ Needs: safetensors, tokenizers, jinja2.
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from raddle.blend import CostModel, Requests, Scheduler, order, policy_names, simulate
-from raddle.engine import SamplingParams
+from raddle.engine import Engine, SamplingParams
 from raddle.engine.plan import Limits, Plan, cost_of
 from raddle.errors import ArgumentError, DTypeError, ShapeError
 
@@ -163,7 +164,7 @@ def test_the_bound_is_that_of_what_ended():
 
 def test_work_of_steps_is_that_of_the_cost_model(model, tmp_path):
     """Summed up over a job it is what requests do: tokens, scores and reads in closed form."""
-    engine = make_engine(model)
+    engine = Engine.from_folder(model, max_batch=8, kv_memory_bytes=4 << 20, prefix_cache=False)
     total = np.zeros(3)
     prompts = ["x" * n for n in (1, 5, 40, 90, 200)]
     for i, prompt in enumerate(prompts):
@@ -174,7 +175,7 @@ def test_work_of_steps_is_that_of_the_cost_model(model, tmp_path):
         total += engine.last_work
     expected = np.zeros(3)
     for i, prompt in enumerate(prompts):
-        p, d, n = len(engine.tokenize(prompt)), i + 1, 1 + i % 2
+        p, d, n = len(engine.check_request(prompt, SamplingParams())), i + 1, 1 + i % 2
         expected += p, p * (p + 1) // 2, 0
         expected += n * (d - 1), 0, n * sum(p + k for k in range(1, d))
     assert total.tolist() == expected.tolist()
@@ -208,13 +209,16 @@ def test_step_seconds_are_those_of_blend():
 
 def test_cost_of(model, tmp_path):
     engine = make_engine(model)
-    path = tmp_path / "cost.json"
+    path, cost = tmp_path / "cost.json", cost_of(engine)
+    replace(cost, alpha=0.2).save(path)
+    assert cost_of(engine, path) == cost_of(engine, str(path)) == cost and cost.alpha == 1.0
     COST.save(path)
-    assert cost_of(engine, path) == cost_of(engine, str(path)) == COST
+    with pytest.raises(ArgumentError, match="it was measured for another model"):
+        cost_of(engine, path)
     rates = tmp_path / "rates.json"
     rates.write_text('{"gemm_rate": 1e12, "read_rate": 1e11, "alpha": 0}')
     ours = cost_of(engine, str(rates))
-    assert ours == CostModel.from_config(model, str(rates))
+    assert ours == replace(CostModel.from_config(model, str(rates)), alpha=1.0)
     assert ours.gemm_rate == (1e12,) and cost_of(engine).flops_per_token == ours.flops_per_token
     assert cost_of(engine, "a100").read_rate == 1.73e12
     with pytest.raises(ArgumentError, match="hardware: 'none' is neither one of a100, h100 nor"):
