@@ -50,7 +50,7 @@ def measure(path):
     from raddle.engine.plan import Limits, Plan, cost_of
 
     engine = Engine.from_folder(TINY_LLAMA, kv_memory_bytes=64 << 20)
-    engine.tokenize("warm up")
+    engine.tokenizer.encode("warm up")
     before = resident_bytes()
     begin = time.perf_counter()
     lines = Lines(path, engine, ["tiny-llama"])

@@ -12,6 +12,7 @@ import pytest
 from raddle.blend import CostModel, Requests, Scheduler, order, policy_names, simulate
 from raddle.engine import Engine, SamplingParams
 from raddle.engine.plan import Limits, Plan, cost_of
+from raddle.engine.prompt import check_request
 from raddle.errors import ArgumentError, DTypeError, ShapeError
 
 from tests.batch_cases import COST, make_engine, model
@@ -175,7 +176,7 @@ def test_work_of_steps_is_that_of_the_cost_model(model, tmp_path):
         total += engine.last_work
     expected = np.zeros(3)
     for i, prompt in enumerate(prompts):
-        p, d, n = len(engine.check_request(prompt, SamplingParams())), i + 1, 1 + i % 2
+        p, d, n = len(check_request(engine, prompt, SamplingParams())), i + 1, 1 + i % 2
         expected += p, p * (p + 1) // 2, 0
         expected += n * (d - 1), 0, n * sum(p + k for k in range(1, d))
     assert total.tolist() == expected.tolist()

@@ -335,11 +335,10 @@ def test_bad_arguments(model, tmp_path):
 class Counter:
     """An engine of which a pass asks no more than this: a token a byte."""
 
-    page_size, max_model_len, max_batch = 16, 1 << 20, 64
-    config = SimpleNamespace(sampling_defaults={})
-
-    def check_request(self, prompt, params):
-        return list(prompt.encode())
+    max_model_len, max_batch = 1 << 20, 64
+    cache = SimpleNamespace(page_size=16)
+    config = SimpleNamespace(sampling_defaults={}, vocab_size=256)
+    tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))
 
 
 def test_memory_of_a_pass(tmp_path):

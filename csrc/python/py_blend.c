@@ -21,6 +21,15 @@ typedef raddle_py_blend_requests requests_object;
 
 PyTypeObject *raddle_py_blend_requests_type;
 
+const raddle_py_blend_requests *raddle_py_blend_requests_from(PyObject *object) {
+    if (!PyObject_TypeCheck(object, raddle_py_blend_requests_type)) {
+        raddle_raise(raddle_fail(RADDLE_ERR_DTYPE, "requests: expected BlendRequests, got %.100s",
+                                 Py_TYPE(object)->tp_name));
+        return NULL;
+    }
+    return (const raddle_py_blend_requests *)object;
+}
+
 static double monotonic_seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);

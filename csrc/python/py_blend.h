@@ -26,6 +26,8 @@ typedef struct raddle_py_blend_requests {
 } raddle_py_blend_requests;
 
 extern PyTypeObject *raddle_py_blend_requests_type; /* set by the module's exec slot */
+/* Borrowed; NULL with an exception set where object is something else. */
+const raddle_py_blend_requests *raddle_py_blend_requests_from(PyObject *object);
 
 /* py_blend_load.c. Appends them all. The arrays may change meanwhile: what is read is checked where
  * it is read. No Python: the caller need not hold the GIL. */

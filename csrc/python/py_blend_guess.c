@@ -1,11 +1,10 @@
-/* py_blend_guess.c - what is thought while a job runs: of its outputs, and of what its steps take. */
+/* py_blend_guess.c - what is thought of outputs while a job runs. */
 #include "python/py_blend.h"
 
 #include <math.h>
 
 #include "base/alloc.h"
 #include "python/py_attention.h"
-#include "python/py_ops.h"
 #include "python/py_tensor.h"
 #include "python/tensor_arg.h"
 
@@ -59,12 +58,10 @@ static PyObject *blend_guess(PyObject *module, PyObject *const *objects, Py_ssiz
     if (raddle_py_check_count("blend_guess", count, 3) < 0) {
         return NULL;
     }
-    if (!PyObject_TypeCheck(objects[0], raddle_py_blend_requests_type)) {
-        raddle_raise(raddle_fail(RADDLE_ERR_DTYPE, "requests: expected BlendRequests, got %.100s",
-                                 Py_TYPE(objects[0])->tp_name));
+    const raddle_py_blend_requests *requests = raddle_py_blend_requests_from(objects[0]);
+    if (requests == NULL) {
         return NULL;
     }
-    const raddle_py_blend_requests *requests = (raddle_py_blend_requests *)objects[0];
     if (raddle_py_blend_parse_seen(&requests->store, true, objects[1], &seen) < 0) {
         return NULL;
     }

@@ -41,12 +41,10 @@ static PyObject *blend_partition(PyObject *module, PyObject *const *objects, Py_
     if (raddle_py_check_count("blend_partition", count, 5) < 0) {
         return NULL;
     }
-    if (!PyObject_TypeCheck(objects[0], raddle_py_blend_requests_type)) {
-        raddle_raise(raddle_fail(RADDLE_ERR_DTYPE, "requests: expected BlendRequests, got %.100s",
-                                 Py_TYPE(objects[0])->tp_name));
+    const raddle_py_blend_requests *requests = raddle_py_blend_requests_from(objects[0]);
+    if (requests == NULL) {
         return NULL;
     }
-    const raddle_py_blend_requests *requests = (raddle_py_blend_requests *)objects[0];
     const double tail = PyFloat_AsDouble(objects[3]);
     if ((tail == -1 && PyErr_Occurred()) || raddle_py_blend_parse_cost(objects[1], &cost) < 0 ||
         raddle_py_blend_parse_int(objects[2], "replicas", 1, RADDLE_BLEND_MAX_REPLICAS,

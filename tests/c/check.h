@@ -57,6 +57,15 @@ static inline void check_fails(raddle_status got, raddle_status expected, const 
     }
 }
 
+static inline bool is_filled(const unsigned char *data, size_t bytes, unsigned char value) {
+    for (size_t i = 0; i < bytes; i++) {
+        if (data[i] != value) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Runs body in a process of its own: what is opened once per process can so be opened again. */
 static inline void check_in_child(void (*body)(void), const char *what, const char *file,
                                   int line) {

@@ -13,15 +13,6 @@ enum { BYTES = 4096, ROUNDS = 12 };
 
 static const raddle_device gpu = {RADDLE_CUDA, 0};
 
-static bool is_filled(const unsigned char *data, size_t bytes, unsigned char value) {
-    for (size_t i = 0; i < bytes; i++) {
-        if (data[i] != value) {
-            return false;
-        }
-    }
-    return true;
-}
-
 /* The device block changes behind every copy; two copies are under way at once. */
 static void test_ring(void) {
     stub_cuda_state *cuda = stub_cuda();

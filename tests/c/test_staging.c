@@ -13,15 +13,6 @@ enum { BYTES = 256 * 1024, FAR = 192 * 1024, ROUNDS = 20 };
 
 static const raddle_device gpu = {RADDLE_CUDA, 0};
 
-static bool is_filled(const unsigned char *data, size_t bytes, unsigned char value) {
-    for (size_t i = 0; i < bytes; i++) {
-        if (data[i] != value) {
-            return false;
-        }
-    }
-    return true;
-}
-
 /* Twenty updates without a wait in between; behind each, the device block is copied out. */
 static void test_ring(void) {
     stub_cuda_state *cuda = stub_cuda();

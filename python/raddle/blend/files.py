@@ -165,12 +165,13 @@ def _custom_id(content, seen, number):
 def _prompts(content, tokenizer, context):
     """(token ids, the most that its answers may have, how many answers) of each prompt."""
     from ..engine.openai import parse_body
+    from ..engine.prompt import tokenize
 
     body = content.get("body")
     model = body.get("model") if isinstance(body, dict) else None
     parsed = parse_body(content.get("url"), body, [model], {})  # any model: none is run
     for prompt in parsed.prompts:
-        ids = _tokenize(prompt, tokenizer)
+        ids = tokenize(prompt, tokenizer, tokenizer.vocab_size)
         room = INT32_MAX - len(ids) if context is None else context - len(ids)
         if room < 1:
             raise ArgumentError(
@@ -180,18 +181,3 @@ def _prompts(content, tokenizer, context):
         if wanted is None and context is None:
             raise ArgumentError("max_tokens: is missing; give it, or the context that bounds it")
         yield ids, room if wanted is None else min(wanted, room), parsed.params.n
-
-
-def _tokenize(prompt, tokenizer):
-    """As the engine does (Engine.tokenize)."""
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], dict):
-        ids = tokenizer.encode(tokenizer.chat_template.render(prompt), add_special_tokens=False)
-    else:
-        ids = prompt
-        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
-            raise ArgumentError(f"prompt: expected token ids from 0 to {tokenizer.vocab_size - 1}")
-    if not ids:
-        raise ArgumentError("prompt: is empty; expected at least one token")
-    return ids

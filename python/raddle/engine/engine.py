@@ -84,7 +84,6 @@ class Engine:
         device = empty(1, device=device).device  # "cuda" is cuda:0; or an error that says why not
         self.config, self.tokenizer, self.device, self.dtype = config, tokenizer, device, dtype
         self.max_batch, self.max_tokens_per_step = max_batch, max_tokens
-        self.page_size = page_size
         try:
             self._model = Model(
                 config,
@@ -148,7 +147,7 @@ class Engine:
         cannot be answered; nothing is queued then.
         """
         params = params or SamplingParams()
-        tokens = self.check_request(prompt, params)
+        tokens = check_request(self, prompt, params)
         request_id = next(self._ids) if request_id is None else request_id
         if request_id in self._requests:
             raise ArgumentError(f"request_id: {request_id!r} is being answered already")
@@ -166,10 +165,6 @@ class Engine:
         self._num_with_logprobs += params.n * (params.logprobs is not None)
         self.num_prompt_tokens += len(tokens)
         return request_id
-
-    def check_request(self, prompt, params):
-        """The token ids of a prompt that add_request would take; else it raises as that does."""
-        return check_request(self, prompt, params)
 
     def abort(self, request_id):
         """Drop a request and free what it holds; False when it is not, or no longer, known."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ..errors import RaddleError, RaddleIOError
 from .openai import RequestError, parse_body
+from .prefix import block_digest
+from .prompt import check_request
 
 # States of a line.
 WAITS, HAS_RESULT, IS_BAD = 0, 1, 2
@@ -91,7 +93,7 @@ class Lines:
                 try:
                     parsed = self.parse(self.read(i)[1])
                     for prompt in parsed.prompts:
-                        self._engine.check_request(prompt, parsed.params)
+                        check_request(self._engine, prompt, parsed.params)
                 except RaddleError as error:
                     yield self.numbers[i], error
 
@@ -100,7 +102,7 @@ class Lines:
         import numpy as np
 
         return {
-            "block_size": self._engine.page_size,
+            "block_size": self._engine.cache.page_size,
             "input_lengths": np.asarray(self.input_lengths),
             "max_tokens": np.asarray(self.max_tokens),
             "hash_ids": np.asarray(self._hash_ids),
@@ -131,9 +133,9 @@ class Lines:
     def _note_prompts(self, parsed):
         engine, params = self._engine, parsed.params
         # All are checked before one is noted: a line is answered as a whole.
-        prompts = [engine.check_request(prompt, params) for prompt in parsed.prompts]
+        prompts = [check_request(engine, prompt, params) for prompt in parsed.prompts]
         for tokens in prompts:
-            hashes = _block_hashes(tokens, engine.page_size)
+            hashes = _block_hashes(tokens, engine.cache.page_size)
             room = engine.max_model_len - len(tokens)
             most = room if params.max_tokens is None else min(room, params.max_tokens)
             for _ in range(params.n):
@@ -173,13 +175,11 @@ def _digest_of(text):
 
 
 def _block_hashes(tokens, block_size):
-    """Chained digests of the full blocks: equal where all tokens up to a block's end are."""
-    data = array("i", tokens).tobytes()
-    size = block_size * (len(data) // len(tokens))
+    """Those of the full blocks, as the prefix cache knows them, shortened."""
     hashes, digest = array("Q"), b""
-    for begin in range(0, len(data) - size + 1, size):
-        digest = hashlib.blake2b(digest + data[begin : begin + size], digest_size=8).digest()
-        hashes.append(int.from_bytes(digest, "little"))
+    for end in range(block_size, len(tokens) + 1, block_size):
+        digest = block_digest(digest, tokens[end - block_size : end])
+        hashes.append(int.from_bytes(digest[:8], "little"))
     return hashes
 
 

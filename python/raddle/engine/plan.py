@@ -2,8 +2,8 @@
 
 The first lines are a sample, because how long an answer gets is known when it is there. When the
 sample has ended all that is left is planned by raddle.blend, from lengths that its answers suggest,
-and again whenever as many more answers have ended as had by the last time: about ten plans a job,
-each of fewer requests.
+and again whenever as many more answers have ended as had by the last time: few plans a job, each of
+fewer requests.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Limits:
         groups = engine.cache.groups
         pages = min([g.pool.num_pages for g in groups if g.window_left < 0] or
                     [max(g.pool.num_pages for g in groups)])  # fmt: skip
-        return cls(engine.max_batch, engine.max_tokens_per_step, pages * engine.page_size)
+        return cls(engine.max_batch, engine.max_tokens_per_step, pages * engine.cache.page_size)
 
 
 class Plan:
@@ -200,9 +200,8 @@ class Plan:
 
     def _pool_tokens(self, chosen, lengths):
         """Of K and V in memory. An engine's slots bound what it holds as well, and blend has none:
-        no more than requests of average size take in all slots. For 64 slots that predicts within
-        a twentieth of what slots do, for eight of answers of ten tokens it is half as much again.
-        Room for the largest request in any case, in whole blocks."""
+        no more than requests of average size take in all slots (too little where slots are few and
+        answers short). Room for the largest request in any case, in whole blocks."""
         size = self._arrays["block_size"]
         totals = self._arrays["input_lengths"][chosen] + lengths[chosen].astype("i8")
         if not len(totals):

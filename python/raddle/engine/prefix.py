@@ -24,6 +24,12 @@ _ROOT = b""  # the parent of a first block
 _DIGEST_BYTES = 16
 
 
+def block_digest(parent, tokens):
+    """The digest of a full block behind the one with the digest parent (b"": a first block)."""
+    data = parent + array("i", tokens).tobytes()
+    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
+
+
 class PrefixCache:
     """Finds and publishes the blocks of a Scheduler's Sequences in the groups of a KVCache.
 
@@ -103,7 +109,6 @@ class PrefixCache:
         size, digests = self._page_size, sequence.digests
         count = length // size if self._is_enabled else 0
         for i in range(len(digests), count):
-            data = digests[-1] if digests else _ROOT
-            data += array("i", sequence.tokens[i * size : (i + 1) * size]).tobytes()
-            digests.append(blake2b(data, digest_size=_DIGEST_BYTES).digest())
+            parent = digests[-1] if digests else _ROOT
+            digests.append(block_digest(parent, sequence.tokens[i * size : (i + 1) * size]))
         return digests[:count]

@@ -43,7 +43,8 @@ def check_ids(ids, vocab_size):
     for i, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise ArgumentError(
-                f"prompt: {token!r} at position {i} is no token id from 0 to {vocab_size - 1}"
+                f"prompt: expected token ids, got {token!r} at position {i} (they are from 0 to "
+                f"{vocab_size - 1})"
             )
     return list(ids)
 

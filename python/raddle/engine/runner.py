@@ -32,12 +32,13 @@ class Runner:
         self._is_cuda = model.device != "cpu"
         self.runs_ahead = self._is_cuda  # a CPU has nothing to do meanwhile
         self._index = _core.Upload((2 + len(self.plans)) * max_tokens, model.device)
+        self._sent = self._index.tensor
         self._slots = np.zeros(max_tokens, np.int64)
         self._graphs = {}  # rows -> Graph
 
     def next_ids(self, step):
         """Where the tokens that a step of decodes draws go, int32 [n], for one that follows it."""
-        return self._index.tensor[: step.num_tokens]
+        return self._sent[: step.num_tokens]
 
     def run(self, step, *, follows=False, all_rows=False):
         """Float32 logits, valid until the next call: a row per sample of the step, or with all_rows
@@ -95,7 +96,7 @@ class Runner:
             rows[:n] = plans.group.rows(slots, positions)
             rows[n:] = -1
         self._index.send(size if follows else 0, used)
-        sent = self._index.tensor
+        sent = self._sent
         self.ids, self.positions = sent[:size], sent[size : 2 * size]
         for i, plans in enumerate(self.plans, 2):
             plans.rows = sent[i * size : (i + 1) * size]
